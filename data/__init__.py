@@ -1,0 +1,1 @@
+"""Where images are, in which order they come, and how they become batches."""

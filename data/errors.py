@@ -1,0 +1,18 @@
+"""The errors that end a command with one readable line instead of a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user can mend it: a wrong key, value, path or combination. Exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on, and nothing is lost: full disk, non-finite loss. Exit code 1."""
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """`; did you mean 'near'?` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

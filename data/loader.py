@@ -1,0 +1,114 @@
+"""The seam between images and training: `Batch`, `Loader`, `EvaluationSet`.
+
+A loader is an endless stream of this rank's shares of the global batches, from a position that
+is one integer. Here it reads images that live on the device; a loader that decodes files
+implements the same protocol.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from data.augment import Augmentation, Augmenter
+from data.errors import UserError
+from data.order import SampleOrder, shard
+
+
+class Batch(NamedTuple):
+    """`images: [N, C, H, W] float`, normalised, on the device; `labels: [N] int64`."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Loader(Protocol):
+    """Training batches from a given step on, without end."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int:
+        """The global batch size, over all ranks."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class EvaluationSet(Protocol):
+    """This rank's share of a data set, each image of which belongs to exactly one rank."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class MemoryLoader:
+    """A `Loader` over images resident on the device, augmented in batches there."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        augmentation: Augmentation,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < world_size:
+            raise UserError(
+                f"data.batch_size = {batch_size} is smaller than the {world_size} ranks: "
+                "each rank needs at least one image a step"
+            )
+        self.order = SampleOrder(len(images), batch_size, seed)
+        self._augment = Augmenter(images, augmentation)
+        self._labels = labels
+        self._rank, self._world_size = rank, world_size
+        self._position = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            epoch, step = divmod(self._position, self.steps_per_epoch)
+            samples = self.order.batch(epoch, step, self._rank, self._world_size)
+            labels = self._labels[torch.from_numpy(samples).to(self._labels.device)]
+            self._position += 1
+            yield Batch(self._augment(samples, seed=self.order.seed, epoch=epoch), labels)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position = state["position"]
+
+
+class MemoryEvaluationSet:
+    """An `EvaluationSet` over images resident on the device."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, *, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self.num_samples = len(images)
+        self._images, self._labels = images, labels
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in shard(self.num_samples, self._batch_size, self._rank, self._world_size):
+            yield Batch(self._images[part], self._labels[part])

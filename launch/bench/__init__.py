@@ -1,0 +1,1 @@
+"""The benchmarks, each a ratio against its reference in one run."""

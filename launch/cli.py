@@ -1,0 +1,187 @@
+"""The `tombola` command.
+
+Exit codes: 0 done; 2 the user's mistake, one line; 75 interrupted by SIGTERM or SIGUSR1, saved,
+the same command goes on; 1 anything else.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, subcommand
+
+from data.errors import RunError, UserError
+from launch.parsing import ParseError, parse
+
+_SAVED = "the same command goes on from the last checkpoint"
+
+
+@dataclass
+class Run:
+    """Runs a configuration, or what is left of it; --section.key value overrides the file."""
+
+    config: Positional[str]
+    """a TOML file"""
+    root: str = "runs"
+    """folder or URL that holds the runs"""
+
+    def __call__(self, overrides: list[str]) -> None:
+        from launch.run import run
+
+        run(self.config, overrides, root=self.root)
+
+
+@dataclass
+class ListTickets:
+    """Lists the finished tickets of a run."""
+
+    run: Positional[str]
+    """path, URL, or name under --root"""
+    root: str = "runs"
+    """folder or URL that holds the runs"""
+    json: bool = False
+    """print one JSON document"""
+
+    def __call__(self) -> None:
+        from launch.tickets import list_tickets
+
+        list_tickets(self.run, root=self.root, as_json=self.json)
+
+
+@dataclass
+class ShowTicket:
+    """Shows a ticket: lineage, metrics, density of each layer."""
+
+    run: Positional[str]
+    """path, URL, or name under --root"""
+    ticket: Positional[str | None] = None
+    """level-07, imp/level-07, or the beginning of an id (default: the sparsest)"""
+    root: str = "runs"
+    """folder or URL that holds the runs"""
+    json: bool = False
+    """print one JSON document"""
+
+    def __call__(self) -> None:
+        from launch.tickets import show_ticket
+
+        show_ticket(self.run, self.ticket, root=self.root, as_json=self.json)
+
+
+@dataclass
+class Tickets:
+    """The tickets of a run."""
+
+    action: Annotated[ListTickets, subcommand("list")] | Annotated[ShowTicket, subcommand("show")]
+
+    def __call__(self) -> None:
+        self.action()
+
+
+@dataclass
+class Bench:
+    """Measures this machine against a reference, both in one run, and prints the ratio."""
+
+    benchmark: Positional[Literal["engine", "masks"]]
+    """engine: images/s through fit against a bare loop; masks: what a 5 % mask adds to a step"""
+    json: bool = False
+    """print one JSON document"""
+
+    def __call__(self) -> None:
+        from launch.bench import BENCHMARKS
+
+        BENCHMARKS[self.benchmark](as_json=self.json)
+
+
+Command = (
+    Annotated[Run, subcommand("run")]
+    | Annotated[Tickets, subcommand("tickets")]
+    | Annotated[Bench, subcommand("bench")]
+)
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit code."""
+    code = run_command(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)  # other ranks may be waiting in a collective: do not wait for them
+    sys.exit(code)
+
+
+def run_command(words: list[str]) -> int:
+    """Runs one command and returns its exit code; errors are one line on stderr."""
+    from train.signals import EXIT_INTERRUPTED, Interrupted
+
+    try:
+        _dispatch(words)
+    except UserError as error:
+        return _fail(error, f"error: {error}", 2)
+    except RunError as error:
+        return _fail(error, f"error: {error}", 1)
+    except Interrupted as error:
+        return _fail(error, f"interrupted: {error}; {_SAVED}", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _fail(error, f"stopped; {_SAVED}", 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            traceback.print_exc()
+            return 1
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(error, f"error: {error.strerror}{where}; mend it, and {_SAVED}", 1)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words:
+        words = ["--help"]
+    if words[0] == "run" and {"-h", "--help"} & set(words):
+        _print_run_help()
+        return
+    options = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
+    try:
+        if words[0] == "run":
+            command, overrides = parse(Command, words, return_unknown_args=True, **options)
+            command(overrides)
+        else:
+            parse(Command, words, **options)()
+    except ParseError as error:
+        raise UserError(f"{error} (see tombola --help)") from None
+
+
+def _print_run_help() -> None:
+    """The options of the command, of every section and of every recipe."""
+    from launch.recipes import RECIPES
+    from train.settings import Settings
+
+    for title, kind, prog in (
+        ("", Run, "tombola run"),
+        ("\nThe sections of a configuration:\n", Settings, "tombola run CONFIG"),
+        *(
+            (f"\nA stage with recipe = {name!r}, its options as --stages.NAME.option:\n", r.config, "")
+            for name, r in RECIPES.items()
+        ),
+    ):
+        if title:
+            print(title)
+        try:
+            parse(kind, ["--help"], prog=prog, add_help=True, config=(tyro.conf.FlagConversionOff,))
+        except SystemExit:
+            continue
+
+
+def _fail(error: BaseException, line: str, code: int) -> int:
+    """Prints the one line; what rank 0 met and told the others, rank 0 prints alone."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(line, file=sys.stderr)
+    elif not getattr(error, "met_by_all", False):
+        print(f"[rank {rank}] {line}", file=sys.stderr)
+    return code

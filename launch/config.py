@@ -1,0 +1,263 @@
+"""Configuration files: a TOML file is a saved command line, and tyro the one parser of both.
+
+A file holds the shared sections (`Settings`) and then `[[stages]]`, each with a `name`, a
+`recipe`, that recipe's options, and any shared section that it wants different for itself.
+On the command line the same keys read `--train.total 30ep` and `--stages.imp.rounds 4`; the last
+one wins.
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from data.errors import UserError, did_you_mean
+from launch.parsing import ParseError, parse
+from launch.recipes import RECIPES
+from train.settings import Settings
+
+C = TypeVar("C")
+COMMAND_LINE = "command line"
+_FILE_ONLY = ("name", "seed")  # of the run, not of a stage
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody wrote, and where."""
+
+    key: str
+    words: tuple[str, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run: a recipe with its options, and the settings that it sees."""
+
+    name: str
+    recipe: str
+    config: Any
+    settings: Settings
+    own: dict[str, Any]
+    """the shared sections that this stage has different, as far as they were given"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    settings: Settings
+    stages: tuple[Stage, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The resolved configuration as a TOML document that `tombola run` reads again."""
+        stages = [
+            {"name": s.name, "recipe": s.recipe, **asdict(s.config), **s.own} for s in self.stages
+        ]
+        document: dict[str, Any] = _plain({**asdict(self.settings), "stages": stages})
+        return document
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a file and a command line describe together.
+
+    Raises `UserError`, one line that names the file and the key, for an unreadable file, an
+    unknown key, a wrong type or an impossible value.
+    """
+    document = _read_toml(path)
+    tables = document.pop("stages", [])
+    document.setdefault("name", Path(path).stem)
+    if not isinstance(tables, list) or not tables:
+        raise UserError(f"{path}: has no [[stages]]: each needs a name and a recipe")
+    shared = _flatten(document, path)
+    staged = {_stage_name(t, path, i): _flatten(t, path) for i, t in enumerate(tables)}
+    if len(staged) < len(tables):
+        raise UserError(f"{path}: two stages have the same name")
+    for given in _read_command_line(overrides):
+        if given.key.startswith("stages."):
+            stage, key = _split_stage_key(given, staged)
+            staged[stage].append(dataclasses.replace(given, key=key))
+        else:
+            shared.append(given)
+    _check_keys(shared, _keys(Settings))
+    stages = tuple(_read_stage(name, given, shared, path) for name, given in staged.items())
+    return RunConfig(_parse(Settings, shared), stages)
+
+
+def flat(document: dict[str, Any]) -> dict[str, Any]:
+    """A document as `{"train.total": ..., "stages.imp.rounds": ...}`, to compare two."""
+    found: dict[str, Any] = {}
+
+    def walk(table: dict[str, Any], prefix: str) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk({k: v for k, v in document.items() if k != "stages"}, "")
+    for stage in document.get("stages", []):
+        walk(stage, f"stages.{stage['name']}.")
+    return found
+
+
+# Reading ---------------------------------------------------------------------------------
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        folder = Path(path).parent
+        near = did_you_mean(Path(path).name, [p.name for p in folder.glob("*.toml")])
+        raise UserError(f"{path}: no such configuration file{near}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def _flatten(document: dict[str, Any], origin: str) -> list[Given]:
+    return [
+        Given(key, tuple(map(str, value)) if isinstance(value, list) else (str(value),), origin)
+        for key, value in flat(document).items()
+    ]
+
+
+def _read_command_line(words: Sequence[str]) -> list[Given]:
+    found: list[Given] = []
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            given = Given(key.replace("-", "_"), (value,) if equals else (), COMMAND_LINE)
+            found.append(given)
+        elif found:
+            found[-1] = dataclasses.replace(found[-1], words=(*found[-1].words, word))
+        else:
+            raise UserError(f"{word!r}: write options as --section.key value")
+    return found
+
+
+def _stage_name(table: dict[str, Any], path: str, index: int) -> str:
+    name = table.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == "tickets":
+        raise UserError(
+            f"{path}: stage {index + 1} needs a name of letters, digits, '-' and '_' "
+            "(other than 'tickets')"
+        )
+    return name
+
+
+def _split_stage_key(given: Given, staged: dict[str, list[Given]]) -> tuple[str, str]:
+    _, _, rest = given.key.partition(".")
+    stage, _, key = rest.partition(".")
+    for name in staged:
+        if stage == name.replace("-", "_"):
+            return name, key
+    near = did_you_mean(stage, staged)
+    raise UserError(f"{given.origin}: no stage named {stage!r}{near} (stages: {', '.join(staged)})")
+
+
+def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -> Stage:
+    recipe = next((g.words[0] for g in given if g.key == "recipe"), None)
+    if recipe not in RECIPES:
+        near = did_you_mean(str(recipe), RECIPES)
+        raise UserError(
+            f"{path}: stages.{name}.recipe = {recipe!r} is not known{near} "
+            f"(recipes: {', '.join(RECIPES)})"
+        )
+    kind = RECIPES[recipe].config
+    shared_keys = [key for key in _keys(Settings) if key not in _FILE_ONLY]
+    own_keys = _keys(kind)
+    options = [g for g in given if g.key not in ("name", "recipe")]
+    _check_keys(options, [*own_keys, *shared_keys], f"stages.{name}.")
+    own = [g for g in options if g.key in shared_keys]
+    config = _parse(kind, [g for g in options if g.key in own_keys], f"stages.{name}.")
+    settings = _parse(Settings, [*shared, *own], "")
+    return Stage(name, recipe, config, settings, _picked(settings, [g.key for g in own]))
+
+
+# Checking --------------------------------------------------------------------------------
+
+
+def _keys(kind: type[Any], prefix: str = "") -> list[str]:
+    """The keys of a configuration class, those of its sections dotted."""
+    keys: list[str] = []
+    for field in dataclasses.fields(kind):
+        section = field.default_factory
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            keys += _keys(section, f"{prefix}{field.name}.")
+        else:
+            keys.append(f"{prefix}{field.name}")
+    return keys
+
+
+def _check_keys(given: Iterable[Given], known: Sequence[str], prefix: str = "") -> None:
+    for one in given:
+        if one.key not in known:
+            near = did_you_mean(one.key, known)
+            raise UserError(f"{one.origin}: unknown key {prefix + one.key!r}{near}")
+        if not one.words and one.origin == COMMAND_LINE and one.key not in known:
+            raise UserError(f"{one.origin}: {prefix}{one.key} needs a value")
+
+
+def _parse(kind: type[C], given: Sequence[Given], prefix: str = "") -> C:
+    """A configuration class from what was given, the last of each key."""
+    last = {one.key: one for one in given}
+    words = [word for one in last.values() for word in (f"--{one.key}", *one.words)]
+    try:
+        parsed: C = parse(kind, words, config=(tyro.conf.FlagConversionOff,))
+    except ParseError as error:
+        raise UserError(_explain(str(error), last, prefix)) from None
+    return parsed
+
+
+def _explain(message: str, given: dict[str, Given], prefix: str) -> str:
+    """A parser's message, with where the value was written and under which key."""
+    option = re.search(r"--([\w.-]+)", message)
+    section = re.match(r"Error parsing ([\w.]+): (\w+)", message)
+    key = ""
+    if option:
+        key = option[1].replace("-", "_")
+    elif section:
+        nested = f"{section[1]}.{section[2]}"
+        key = nested if nested in given or "." in nested else section[2]
+        key = key if key in given or section[2] not in given else section[2]
+    reason = re.sub(r"^Error parsing [\w.-]+: ", "", message)
+    if key in given:
+        one = given[key]
+        value = " ".join(one.words)
+        return f"{one.origin}: {prefix}{key} = {value!r}: {_without_key(reason, key)}"
+    return f"{prefix}{key}: {reason}" if key else f"{prefix}{reason}"
+
+
+def _without_key(reason: str, key: str) -> str:
+    """Drops the `name = value: ` with which a section's own check begins."""
+    leaf = key.rsplit(".", 1)[-1]
+    return re.sub(rf"^{leaf} = (\[.*?\]|\(.*?\)|'.*?'|\S+?):? ", "", reason)
+
+
+# Writing ---------------------------------------------------------------------------------
+
+
+def _picked(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for key in keys:
+        section, _, leaf = key.partition(".")
+        document.setdefault(section, {})[leaf] = getattr(getattr(settings, section), leaf)
+    return document
+
+
+def _plain(value: Any) -> Any:
+    """TOML has no null: what is `None` is left out. Tuples become arrays."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

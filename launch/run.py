@@ -1,0 +1,66 @@
+"""`tombola run CONFIG`: the stages of a run one after the other, each resuming by itself."""
+
+from collections.abc import Sequence
+
+from launch.claim import claim
+from launch.config import RunConfig, Stage, read_config
+from launch.recipes import RECIPES
+from launch.summary import summarise
+from pruning.tickets import TicketFolder
+from train.engine import Engine
+from train.files import Folder
+from train.metrics import Recorder
+from train.progress import Display
+from train.session import Session
+from train.signals import Signals
+
+
+def run(path: str, overrides: Sequence[str], *, root: str) -> None:
+    """Runs a configuration, or what is left of it, and sums up its tickets.
+
+    Raises `UserError`, `RunError`, or `Interrupted` after SIGTERM or SIGUSR1.
+    """
+    run_config(read_config(path, overrides), root=root)
+
+
+def run_config(config: RunConfig, *, root: str) -> None:
+    """The same for a configuration that was read already."""
+    engine = make_engine(config.stages[0])
+    name = config.settings.name
+    folder = Folder(root) / name
+    lock = claim(folder, config, engine)
+    display = Display(shown=engine.is_main)
+    recorder = Recorder(folder, run=name, config=config.settings.log, is_main=engine.is_main)
+    signals = Signals(
+        world_size=engine.world_size,
+        is_main=engine.is_main,
+        save_minutes=config.settings.checkpoint.minutes,
+    )
+    try:
+        with signals:
+            for stage in config.stages:
+                engine = make_engine(stage)
+                session = Session(stage.settings, engine, folder, recorder, display, signals)
+                RECIPES[stage.recipe].run(session, stage.name, stage.config)
+            signals.drain()
+    finally:
+        display.close()
+        recorder.close()
+    engine.on_main(lambda: summarise(TicketFolder(folder).all(), folder))
+    engine.close()
+    if lock is not None:
+        lock.close()
+
+
+def make_engine(stage: Stage) -> Engine:
+    """The engine as the stage's settings want it."""
+    train = stage.settings.train
+    return Engine(
+        precision=train.precision,
+        channels_last=train.channels_last,
+        compile=train.compile,
+        sync_batchnorm=train.sync_batchnorm,
+        clip=train.clip,
+        micro_batch=train.micro_batch,
+        timeout=train.timeout,
+    )

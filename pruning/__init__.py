@@ -1,0 +1,1 @@
+"""Lottery tickets: masks, scores, exact thresholds, ticket files, and each method as a program."""

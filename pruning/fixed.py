@@ -1,0 +1,68 @@
+"""Training under masks that do not change."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning.masks import Masks
+
+
+class FixedMasks:
+    """A `Sparsity`: after every update, masked weights and their optimizer state are exactly zero.
+
+    Gradients are masked before clipping, so that pruned entries do not count in the norm; weights
+    and optimizer state are projected after the step, since weight decay, momentum or an optimizer
+    that mixes entries (Muon) may move them. The forward pass and the parameters stay untouched.
+    """
+
+    def __init__(self, masks: Masks, model: nn.Module, optimizer: Optimizer) -> None:
+        masks.project_(model)
+        self.masks = masks
+        self.density = masks.density
+        self._digest = masks.digest()
+        self._optimizer = optimizer
+        named = dict(model.named_parameters())
+        self._weights = [named[name] for name in masks]
+        # Factors of 0 and 1 in the layout of each weight: one fused multiplication for all layers.
+        self._factors = [
+            torch.empty_like(weight).copy_(mask)
+            for weight, mask in zip(self._weights, masks.values(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def before_update(self, step: int) -> bool:
+        """Masks the gradients; never vetoes."""
+        pairs = [
+            (weight.grad, factor)
+            for weight, factor in zip(self._weights, self._factors, strict=True)
+            if weight.grad is not None
+        ]
+        _multiply(pairs)
+        return True
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        """Zeroes pruned weights, and every optimizer state of a weight's shape."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for weight, factor in zip(self._weights, self._factors, strict=True):
+            pairs.append((weight, factor))
+            for value in self._optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    pairs.append((value, factor))
+        _multiply(pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks' digest: they belong to the ticket, and do not change."""
+        return {"digest": self._digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError` where the checkpoint was trained under other masks."""
+        if state["digest"] != self._digest:
+            raise ValueError("the checkpoint was trained under other masks")
+
+
+def _multiply(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    if pairs:
+        torch._foreach_mul_([value for value, _ in pairs], [factor for _, factor in pairs])

@@ -1,0 +1,162 @@
+"""Which weights are kept: `Masks` and its algebra."""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.errors import UserError, did_you_mean
+
+PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """A row of the per-layer table."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    size: int
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.size
+
+
+class Masks(Mapping[str, Tensor]):
+    """Parameter name -> bool tensor of its shape, `True` where the weight is kept; in layer order.
+
+    Immutable: every operation gives new masks.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask of {name} is {mask.dtype}, not bool")
+        self._masks = dict(masks)
+
+    @classmethod
+    def ones(cls, model: nn.Module, exclude: Iterable[str] = ()) -> "Masks":
+        """Everything prunable is kept."""
+        weights = prunable(model, exclude)
+        return cls({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __and__(self, other: "Masks") -> "Masks":
+        """What both keep. Raises `ValueError` unless both are masks of the same weights."""
+        self._require_same_weights(other)
+        return Masks({name: mask & other[name].to(mask.device) for name, mask in self.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Masks) and self.digest() == other.digest()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept."""
+        return sum(int(mask.sum()) for mask in self.values())
+
+    @property
+    def size(self) -> int:
+        """How many weights could be pruned."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def density(self) -> float:
+        """The fraction kept."""
+        return self.kept / self.size
+
+    def table(self) -> list[LayerDensity]:
+        """What is kept per layer, in layer order."""
+        return [
+            LayerDensity(name, tuple(mask.shape), int(mask.sum()), mask.numel())
+            for name, mask in self.items()
+        ]
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and bits, the same for any order of layers and any device."""
+        sha = hashlib.sha256()
+        for name in sorted(self):
+            sha.update(json.dumps([name, list(self[name].shape)]).encode())
+            sha.update(pack_bits(self[name]))
+        return sha.hexdigest()
+
+    @torch.no_grad()
+    def project_(self, model: nn.Module) -> None:
+        """Sets the pruned weights of `model` to zero, in place.
+
+        Raises `ValueError` where a weight is missing or of another shape.
+        """
+        weights = dict(model.named_parameters())
+        for name, mask in self.items():
+            if name not in weights or weights[name].shape != mask.shape:
+                found = tuple(weights[name].shape) if name in weights else "no such weight"
+                raise ValueError(f"mask of {name}: {tuple(mask.shape)}, model: {found}")
+            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+
+    def to(self, device: torch.device | str) -> "Masks":
+        """The same masks on another device."""
+        return Masks({name: mask.to(device) for name, mask in self.items()})
+
+    def _require_same_weights(self, other: "Masks") -> None:
+        mine = {name: tuple(mask.shape) for name, mask in self.items()}
+        theirs = {name: tuple(mask.shape) for name, mask in other.items()}
+        if mine != theirs:
+            names = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+            raise ValueError(f"masks of different weights: {', '.join(names[:3])}")
+
+
+def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    """The weights of all convolutions and linear layers by name, in layer order.
+
+    `exclude` holds patterns of module names (`fc`, `stages.*.shortcut*`). Raises `UserError` for a
+    pattern that matches no such layer, or if nothing is left.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    excluded: set[str] = set()
+    for pattern in exclude:
+        matched = fnmatch.filter(layers, pattern)
+        if not matched:
+            near = did_you_mean(pattern, layers)
+            raise UserError(f"exclude = {pattern!r} matches no convolution or linear layer{near}")
+        excluded.update(matched)
+    weights: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        if name not in excluded and isinstance(layer.weight, nn.Parameter):
+            if all(layer.weight is not other for other in weights.values()):
+                weights[f"{name}.weight" if name else "weight"] = layer.weight
+    if not weights:
+        raise UserError("exclude leaves no layer to prune")
+    return weights
+
+
+def pack_bits(mask: Tensor) -> bytes:
+    """Eight weights a byte, the first in the lowest bit, in row-major order."""
+    return np.packbits(mask.cpu().contiguous().numpy(), axis=None, bitorder="little").tobytes()
+
+
+def unpack_bits(packed: bytes, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_bits`. Raises `ValueError` for a wrong length or stray bits at the end."""
+    count = int(np.prod(shape, dtype=np.int64))
+    data = np.frombuffer(packed, np.uint8)
+    if len(data) != (count + 7) // 8:
+        raise ValueError(f"{len(data)} bytes for {count} weights")
+    bits = np.unpackbits(data, bitorder="little")
+    if bits[count:].any():
+        raise ValueError("bits beyond the last weight")
+    return torch.from_numpy(bits[:count].astype(bool)).view(shape)

@@ -1,0 +1,1 @@
+"""One distributed training run from step a to step b."""

@@ -1,0 +1,226 @@
+"""Checkpoints: a folder a step, valid only when whole.
+
+Tensors go through torch.distributed.checkpoint, each rank writing its part; everything else is
+JSON in `manifest.json`, which names the SHA-256 of every file and is written last. A folder
+without its manifest, or with a file that does not match it, is not a checkpoint.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from data.errors import RunError
+from train.duration import check_durations
+from train.engine import Engine
+from train.files import Folder
+from train.safe_dcp import read_tensors, writer
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of a training is saved, and how many are kept."""
+
+    every: str | None = None
+    """save each time this long has been trained: 1000it, 1ep"""
+    minutes: float = 10.0
+    """save when this many minutes have passed since the last"""
+    keep: int = 2
+    """how many of these to keep; the one at the rewind step and at the end always stay"""
+
+    def __post_init__(self) -> None:
+        check_durations(self, "every")
+        if self.minutes <= 0:
+            raise ValueError(f"minutes = {self.minutes}: must be above 0")
+        if self.keep < 1:
+            raise ValueError(f"keep = {self.keep}: must be at least 1")
+
+
+class Checkpoints:
+    """The checkpoints of one training, in `folder/step-00001000/`."""
+
+    def __init__(self, folder: Folder, engine: Engine, *, keep: int) -> None:
+        self.folder = folder
+        self._engine, self._keep = engine, keep
+
+    def save(self, step: int, state: dict[str, Any], *, kept: bool = False) -> None:
+        """Saves `state` (nested dicts of tensors and JSON values); called by all ranks.
+
+        `kept` protects it from rolling deletion. A valid checkpoint of that step is left as it is,
+        what an interrupted save left there is removed first. Raises `OSError` where it cannot be
+        written; the earlier checkpoints stay.
+        """
+        engine = self._engine
+        target = self.folder / _name(step)
+        if engine.on_main(lambda: self._ready(step)):
+            return
+        tensors, values = _split(state)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to save.*")
+            try:
+                dcp.save(
+                    tensors,
+                    storage_writer=writer(target.url, is_local=target.is_local),
+                    no_dist=engine.world_size == 1,
+                )
+            except Exception as error:
+                raise _cause(error) from error
+        own = {n: target.digest(n) for n in target.names() if n.startswith(f"__{engine.rank}_")}
+        files = {n: digest for part in engine.gather(own) for n, digest in part.items()}
+        all_values = _merge(engine.gather(values))
+
+        def commit() -> None:
+            manifest = {
+                "format": _FORMAT,
+                "step": step,
+                "kept": kept,
+                "world_size": engine.world_size,
+                "files": {**files, ".metadata": target.digest(".metadata")},
+                "values": all_values,
+            }
+            target.write_json(_MANIFEST, manifest)
+            self._delete_old()
+
+        engine.on_main(commit)
+
+    def latest(self) -> int | None:
+        """The step of the newest valid checkpoint; a damaged one is reported and passed over."""
+
+        def find() -> tuple[int | None, list[str]]:
+            skipped = []
+            for step in reversed(self._steps()):
+                try:
+                    self._verify(step)
+                except ValueError as error:
+                    skipped.append(f"{self.folder}/{_name(step)}: {error}")
+                else:
+                    return step, skipped
+            return None, skipped
+
+        step, skipped = self._engine.on_main(find)
+        if self._engine.is_main:
+            for what in skipped:
+                print(f"damaged checkpoint passed over: {what}", flush=True)
+        return step
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The state saved at `step`, tensors on the CPU, of other ranks' states only this rank's.
+
+        Raises `RunError` where it is missing or damaged.
+        """
+        target = self.folder / _name(step)
+        try:
+            manifest = self._engine.on_main(lambda: self._verify(step))
+            others = tuple(
+                f"ranks/{rank}/" for rank in range(manifest["world_size"]) if rank != self._engine.rank
+            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*assuming the intent is to load.*")
+                tensors = read_tensors(target.url, is_local=target.is_local, skip=others)
+        except ValueError as error:
+            raise RunError(f"{target}: damaged checkpoint: {error}") from error
+        return _join(tensors, manifest["values"])
+
+    def _steps(self) -> list[int]:
+        """The steps of all that looks like a checkpoint, ascending, whole or not."""
+        names = [n for n in self.folder.names() if n.startswith("step-") and n[5:].isdigit()]
+        return sorted(int(n[5:]) for n in names)
+
+    def _ready(self, step: int) -> bool:
+        """Whether a valid checkpoint of `step` is there; else makes room for one."""
+        target = self.folder / _name(step)
+        if not target.exists():
+            return False
+        try:
+            self._verify(step)
+        except ValueError:
+            self._delete(step)
+            return False
+        return True
+
+    def _delete(self, step: int) -> None:
+        target = self.folder / _name(step)
+        target.remove(_MANIFEST)  # the mark first: half a checkpoint is never taken for a whole one
+        target.remove()
+
+    def _verify(self, step: int) -> dict[str, Any]:
+        """The manifest of a whole checkpoint. Raises `ValueError` naming what is wrong."""
+        target = self.folder / _name(step)
+        try:
+            manifest: dict[str, Any] = target.read_json(_MANIFEST)
+        except FileNotFoundError:
+            raise ValueError("not whole: a save was interrupted") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+            raise ValueError(f"{_MANIFEST}: not of format {_FORMAT}")
+        for name, digest in manifest["files"].items():
+            if "/" in name or not target.exists(name):
+                raise ValueError(f"{name} is missing")
+            if target.digest(name) != digest:
+                raise ValueError(f"{name} does not match its checksum")
+        return manifest
+
+    def _delete_old(self) -> None:
+        rolling = []
+        for step in self._steps():
+            try:
+                kept = (self.folder / _name(step)).read_json(_MANIFEST)["kept"]
+            except (OSError, ValueError, KeyError):
+                kept = False
+            if not kept:
+                rolling.append(step)
+        for step in rolling[: -self._keep]:
+            self._delete(step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nested dicts into tensors and JSON values, each by its path `a/b/c`."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for key, value in state.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach()
+        elif isinstance(value, dict) and value:
+            inner_tensors, inner_values = _split(value, f"{path}/")
+            tensors.update(inner_tensors)
+            values.update(inner_values)
+        else:
+            values[path] = value
+    return tensors, values
+
+
+def _join(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_split`."""
+    state: dict[str, Any] = {}
+    for path, value in {**values, **tensors}.items():
+        *parents, leaf = path.split("/")
+        inner = state
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[leaf] = value
+    return state
+
+
+def _merge(values: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in reversed(values):  # rank 0's where several ranks hold the same path
+        merged.update(part)
+    return merged
+
+
+def _cause(error: BaseException) -> BaseException:
+    """DCP wraps what went wrong on a rank: the error of the first rank that failed."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = failures[min(failures)]
+        return first[0] if isinstance(first, tuple) else first
+    return error

@@ -1,0 +1,224 @@
+"""Devices, ranks and precision: what makes one update the same on one process and on many.
+
+On `accelerate` for the process group, the device and DDP. The engine knows nothing of epochs,
+evaluation or files. One update goes: micro-batches, gradients synchronised on the last only ->
+unscale -> `before_update` -> clip -> optimizer -> `after_update`.
+"""
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.errors import RunError, UserError
+from data.loader import Batch
+from train.objective import Objective
+from train.state import Network, Sparsity
+
+Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
+
+
+class Engine:
+    """One rank of a training on one process or many (torchrun), on CPU (gloo) or CUDA (NCCL)."""
+
+    def __init__(
+        self,
+        *,
+        precision: Precision = "fp32",
+        channels_last: bool = False,
+        compile: bool = False,
+        sync_batchnorm: bool = False,
+        clip: float | None = None,
+        micro_batch: int | None = None,
+        timeout: float = 300.0,
+    ) -> None:
+        cuda = torch.cuda.is_available()
+        handlers: list[Any] = [
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ]
+        if "LOCAL_RANK" in os.environ:  # under torchrun
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            limit = timedelta(seconds=timeout)
+            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=limit))
+        # Autocast and the scaler are ours: a stage may choose another precision than the last.
+        self.accelerator = Accelerator(
+            cpu=not cuda, mixed_precision="no", kwargs_handlers=handlers
+        )
+        self.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main = self.rank == 0
+        self.clip, self.micro_batch = clip, micro_batch
+        self._compile, self._sync_batchnorm = compile, sync_batchnorm
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.scaler = self.fresh_scaler()
+        if sync_batchnorm and not cuda:
+            raise UserError("train.sync_batchnorm = true needs CUDA; leave it out on the CPU")
+
+    # Models ------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Network:
+        """Moves a model to the device and makes it ready for distributed updates.
+
+        `example: [N, C, H, W]` has the shape of a micro-batch. Parameter names stay as they are.
+        """
+        self.accelerator.free_memory()
+        if self._sync_batchnorm and self.world_size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = model.to(self.device, memory_format=self._memory_format)
+        if self._compile:
+            model.compile()
+        network = Network(model, self.accelerator.prepare_model(model))
+        if self.world_size > 1:
+            self._settle(network, example)
+        return network
+
+    def _settle(self, network: Network, example: Tensor) -> None:
+        """Two backward passes that leave no trace, after which DDP keeps its buckets.
+
+        DDP rebuilds its gradient buckets once, after the first backward pass; a resumed run would
+        do so at another step than the uninterrupted one, and on three or more ranks sum the
+        gradients of that step in another order.
+        """
+        before = {name: value.clone() for name, value in network.module.state_dict().items()}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            for _ in range(2):
+                with self.autocast():
+                    output = network.wrapped(self.place(example))
+                output.float().mean().backward()
+        network.module.load_state_dict(before)
+        network.module.zero_grad(set_to_none=True)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which forward passes run."""
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
+
+    def fresh_scaler(self) -> torch.amp.GradScaler:
+        """Makes and returns the loss scaler of the training that begins (a no-op but for fp16)."""
+        fp16 = self._dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        return self.scaler
+
+    def num_micro_batches(self, batch_size: int) -> int:
+        """Into how many parts each rank cuts its share of a global batch: the same on all ranks."""
+        largest_share = -(-batch_size // self.world_size)
+        return -(-largest_share // (self.micro_batch or largest_share))
+
+    def example(self, image_shape: tuple[int, int, int], batch_size: int) -> Tensor:
+        """Zeros of the shape of this rank's micro-batches: `[N, C, H, W]`, N at least 2."""
+        share = batch_size // self.world_size // self.num_micro_batches(batch_size)
+        return torch.zeros(max(2, share), *image_shape, device=self.device)
+
+    # One update --------------------------------------------------------------------------
+
+    def backward(
+        self, network: Network, batch: Batch, objective: Objective, *, step: int, batch_size: int
+    ) -> Tensor:
+        """Gradients of the mean loss over the *global* batch of `batch_size` images.
+
+        Each rank's loss is a sum over its share, divided by the global batch size, so that
+        unequal shares and micro-batches weigh every image alike. Returns this rank's part of the
+        mean loss, detached: the sum over ranks is the loss of the step.
+        """
+        images, targets = objective.mix(batch, step)
+        num_parts = self.num_micro_batches(batch_size)
+        network.module.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        parts = zip(images.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
+        for index, (part, target) in enumerate(parts):
+            with self._synchronised(network, index == num_parts - 1):
+                with self.autocast():
+                    logits = network.wrapped(self.place(part))
+                loss = objective.loss_sum(logits.float(), target) / batch_size
+                # DDP averages over the ranks; we want the sum of their parts.
+                self.scaler.scale(loss * self.world_size).backward()
+            total += loss.detach()
+        return total
+
+    @contextlib.contextmanager
+    def _synchronised(self, network: Network, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(network.wrapped):
+            yield
+
+    def place(self, images: Tensor) -> Tensor:
+        """`images` in the memory format of the model."""
+        return images.contiguous(memory_format=self._memory_format)
+
+    def update(self, optimizer: Optimizer, sparsity: Sparsity, step: int) -> None:
+        """One optimizer step on the averaged gradients, unless `sparsity` vetoes it."""
+        self.scaler.unscale_(optimizer)
+        if sparsity.before_update(step):
+            if self.clip is not None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        sparsity.after_update(step)
+
+    # Ranks -------------------------------------------------------------------------------
+
+    def reduce(self, values: Tensor, op: Literal["sum", "min"] = "sum") -> Tensor:
+        """The sum or the least of `values` over all ranks, elementwise."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MIN)
+        return values
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the buffers of rank 0: before an evaluation and before a checkpoint.
+
+        Training never reads running statistics, so rank 0's are the run's, whenever this happens.
+        """
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` gives on rank 0, on every rank; an error there is raised everywhere."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            outcome[1].met_by_all = True  # so that one rank's message is enough
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of each rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def require_same(self, value: str, what: str) -> None:
+        """Raises `RunError` unless all ranks hold the same `value`."""
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            described = ", ".join(f"rank {rank}: {v[:12]}" for rank, v in enumerate(values))
+            raise RunError(f"{what} differ between the ranks ({described}); the run stops here")
+
+    def close(self) -> None:
+        """Leaves the process group; what still holds a reference to it is collected first."""
+        self.accelerator.free_memory()
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()

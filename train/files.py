@@ -1,0 +1,148 @@
+"""Files of a run, on the local disk or on any fsspec URL, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes a rename in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Folder:
+    """A folder, local or remote. `folder / "a/b"` is a folder below it; nothing is made until written."""
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url).rstrip("/")
+        self._fs, self._path = fsspec.core.url_to_fs(self.url, use_listings_cache=False) if (
+            "://" in self.url
+        ) else fsspec.core.url_to_fs(os.path.abspath(os.path.expanduser(self.url)))
+        self.is_local = "file" in self._fs.protocol
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where the folder is on this machine, or `None` for a remote one."""
+        return Path(self._path) if self.is_local else None
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
+        return bool(self._fs.exists(self._join(name)))
+
+    def names(self) -> list[str]:
+        """The names directly inside, sorted; empty where there is no such folder."""
+        try:
+            found = self._fs.ls(self._path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file. Raises `FileNotFoundError`."""
+        return bytes(self._fs.cat_file(self._join(name)))
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of a file, in hexadecimal. Raises `FileNotFoundError`."""
+        with self._fs.open(self._join(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def read_json(self, name: str) -> Any:
+        """The JSON document in a file. Raises `FileNotFoundError` or `ValueError`."""
+        return json.loads(self.read(name))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file so that a reader sees all of it or none, also after a crash.
+
+        Locally: a temporary file in the same folder, fsync, rename, fsync of the folder. On an
+        object store: one PUT, which is atomic there.
+        """
+        if not self.is_local:
+            self._fs.pipe_file(self._join(name), content)
+            return
+        target = Path(self._join(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(target.parent)
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Writes a JSON document, indented, whole or not at all."""
+        self.write(name, (json.dumps(document, indent=1) + "\n").encode())
+
+    def make(self) -> None:
+        """Makes the folder, where the storage knows folders."""
+        self._fs.makedirs(self._path, exist_ok=True)
+
+    def remove(self, name: str = "") -> None:
+        """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+        target = self._join(name)
+        if self.is_local and os.path.isdir(target):
+            shutil.rmtree(target)
+        elif self._fs.exists(target):
+            self._fs.rm(target, recursive=True)
+
+    def _join(self, name: str) -> str:
+        return f"{self._path}/{name}" if name else self._path
+
+
+class Journal:
+    """An append-only file of JSON lines. A line torn by a crash is dropped when it is opened again."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+        content = folder.read(name) if folder.exists(name) else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        path = folder.local_path
+        self._remote: list[bytes] = []
+        if path is None:
+            self._file, self._remote = None, [whole]
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            self._file = open(path / name, "ab")  # noqa: SIM115 - kept open for the run
+            if len(whole) < len(content):
+                self._file.truncate(len(whole))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line; a crash of this process does not lose it on a local disk."""
+        line = (json.dumps(record) + "\n").encode()
+        if self._file is None:
+            self._remote.append(line)
+        else:
+            self._file.write(line)
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Makes all lines so far durable: called before whatever relies on them is committed."""
+        if self._file is None:
+            self._folder.write(self._name, b"".join(self._remote))
+        else:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes."""
+        self.sync()
+        if self._file is not None:
+            self._file.close()

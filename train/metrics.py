@@ -1,0 +1,90 @@
+"""What a run records: `metrics.jsonl` always, TensorBoard and Weights & Biases on request.
+
+A line is a fact about the training, the same in every run of the same configuration; what depends
+on the machine and the hour stands under `timing`. A resumed run meets facts that its first attempt
+recorded already, and leaves them: no line is ever doubled.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from data.errors import UserError
+from train.files import Folder, Journal
+
+_IDENTITY = ("event", "stage", "level", "split", "step")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is recorded, and how often."""
+
+    every: int = 50
+    """steps between two records of the training loss"""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """also send everything there"""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every = {self.every}: must be at least 1 step")
+
+
+class Recorder:
+    """Writes the facts of a run; on rank 0 only, elsewhere it does nothing."""
+
+    def __init__(self, folder: Folder, *, run: str, config: LogConfig, is_main: bool) -> None:
+        self._journal = Journal(folder, "metrics.jsonl") if is_main else None
+        records = [] if self._journal is None else self._journal.records
+        self._known = {_identity(record) for record in records}
+        self._trackers = _open_trackers(folder, run, config) if is_main else []
+
+    def record(self, fact: dict[str, Any], timing: dict[str, float] | None = None) -> None:
+        """Adds a fact: `event`, `stage`, `level`, `step` (and `split`) say which, the rest what."""
+        if self._journal is None or _identity(fact) in self._known:
+            return
+        self._known.add(_identity(fact))
+        self._journal.append({**fact, "timing": timing} if timing else fact)
+        prefix = "/".join(str(fact[k]) for k in ("stage", "level", "split", "event") if k in fact)
+        numbers = {
+            f"{prefix}/{key}": value
+            for key, value in {**fact, **(timing or {})}.items()
+            if isinstance(value, int | float) and key not in _IDENTITY
+        }
+        for tracker in self._trackers:
+            tracker.log(numbers, step=fact["step"])
+
+    def sync(self) -> None:
+        """Makes the facts so far durable: a checkpoint must not know more than they tell."""
+        if self._journal is not None:
+            self._journal.sync()
+
+    def close(self) -> None:
+        """Closes the file and the trackers."""
+        if self._journal is not None:
+            self._journal.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _identity(fact: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(fact.get(key) for key in _IDENTITY)
+
+
+def _open_trackers(folder: Folder, run: str, config: LogConfig) -> list[GeneralTracker]:
+    trackers: list[GeneralTracker] = []
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"log.trackers: {name} is not installed; pip install 'tombola[{name}]'"
+            )
+        if name == "tensorboard":
+            if folder.local_path is None:
+                raise UserError("log.trackers: tensorboard needs a run folder on a local disk")
+            trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder.local_path)))
+        else:
+            trackers.append(WandBTracker("tombola", name=run, id=run, resume="allow"))
+    for tracker in trackers:
+        tracker.start()
+    return trackers

@@ -1,0 +1,100 @@
+"""Optimizers through timm's factory, and their state by parameter name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from data.errors import did_you_mean
+from train.schedule import Schedule
+
+NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights are updated."""
+
+    name: str = "momentum"
+    """any timm optimizer; note that timm's `sgd` is Nesterov's, `momentum` the papers'"""
+    lr: float = 0.1
+    """base learning rate, for the whole global batch"""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+    """weight decay on normalisations and biases too, as in the papers' recipes"""
+
+    def __post_init__(self) -> None:
+        known = list_optimizers()
+        if self.name not in known:
+            near = did_you_mean(self.name, known)
+            raise ValueError(f"name = {self.name!r} is no timm optimizer{near}")
+        if self.lr <= 0:
+            raise ValueError(f"lr = {self.lr}: must be above 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum = {self.momentum}: must be at least 0 and below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay = {self.weight_decay}: must not be negative")
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """A fresh optimizer over the trainable parameters of `model`, grouped by module type."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for module in model.modules():
+        normalises = isinstance(module, NORMALISATIONS) or "Norm" in type(module).__name__
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                spared = not config.decay_norm_and_bias and (normalises or name == "bias")
+                (plain if spared else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if plain:
+        groups.append({"params": plain, "weight_decay": 0.0})
+    return create_optimizer_v2(
+        groups,
+        opt=config.name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int, base: float) -> float:
+    """Sets the rate of `step` in every group, and returns it."""
+    rate = base * schedule(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state by parameter name, so that it survives another order of parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    return {
+        "state": {names[p]: dict(optimizer.state[p]) for p in _parameters(optimizer) if p in optimizer.state},
+        "groups": groups,
+    }
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Puts back what `optimizer_state` gave."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    index = {parameter: number for number, parameter in enumerate(_parameters(optimizer))}
+    groups = [
+        {**values, "params": [index[p] for p in group["params"]]}
+        for group, values in zip(optimizer.param_groups, saved["groups"], strict=True)
+    ]
+    state = {
+        number: saved["state"][names[p]] for p, number in index.items() if names[p] in saved["state"]
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]

@@ -1,0 +1,103 @@
+"""What a person sees of a running training: a live line in a terminal, plain lines elsewhere."""
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+_PLAIN_SECONDS = 10.0
+
+
+@dataclass
+class Status:
+    """The latest that is known of the training under way."""
+
+    phase: str = ""
+    density: float = 1.0
+    step: int = 0
+    stop: int = 0
+    images_per_second: float = 0.0
+    loss: float = float("nan")
+    accuracy: float = float("nan")
+
+
+class Display:
+    """Shows a run on rank 0; does nothing elsewhere, or when `shown` is false."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.status = Status()
+        self._planned = self._done = 0
+        self._seconds = self._timed_steps = 0.0
+        self._last_plain = time.monotonic()
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        if shown and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._live = Progress(*columns, console=self._console, transient=True)
+            self._live.start()
+
+    def plan(self, num_steps: int) -> None:
+        """Announces the optimizer steps of the stage, for the time that it will take."""
+        self._planned, self._done = num_steps, 0
+
+    def begin(self, phase: str, *, density: float, step: int, stop: int, start: int) -> None:
+        """A phase from `start` to `stop` begins, or goes on at `step`."""
+        self._done += step - start
+        self.status = Status(phase, density, step, stop)
+        if self._live is not None:
+            if self._task is not None:
+                self._live.remove_task(self._task)
+            self._task = self._live.add_task(phase, total=stop, completed=step, facts="")
+
+    def skip(self, num_steps: int) -> None:
+        """A phase of that many steps was finished earlier."""
+        self._done += num_steps
+
+    def advance(self, *, step: int, seconds: float, images_per_second: float, loss: float) -> None:
+        """The phase has reached `step`, in `seconds` of wall time since the last call."""
+        steps = step - self.status.step
+        self._done += steps
+        self._timed_steps += steps
+        self._seconds += seconds
+        self.status.step, self.status.loss = step, loss
+        self.status.images_per_second = images_per_second
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=step, facts=self._facts())
+        elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
+            self.say(f"{self.status.phase}: {self._facts()}")
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._last_plain = time.monotonic()
+        self._console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Takes the live line away."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _facts(self) -> str:
+        status = self.status
+        facts = [
+            f"density {status.density:.2%}",
+            f"step {status.step:,}/{status.stop:,}",
+            f"{status.images_per_second:,.0f} images/s",
+            f"loss {status.loss:.4f}",
+        ]
+        if status.accuracy == status.accuracy:
+            facts.append(f"accuracy {status.accuracy:.4f}")
+        facts.append(f"ETA {self._eta()}")
+        return "  ".join(facts)
+
+    def _eta(self) -> str:
+        if not self._timed_steps:
+            return "-"
+        left = max(0, self._planned - self._done) * self._seconds / self._timed_steps
+        hours, rest = divmod(round(left), 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,103 @@
+"""torch.distributed.checkpoint without its two ways to run foreign code.
+
+DCP unpickles its `.metadata`, and any entry that is not a tensor. Here the metadata may name the
+few classes that describe tensors and nothing else, files lie inside the folder, and only tensors
+are read, which DCP itself loads with `weights_only=True`.
+"""
+
+import pathlib
+import pickle
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("pathlib") and name in {"PosixPath", "WindowsPath", "PurePosixPath"}:
+            return pathlib.PurePosixPath  # the saved location, which is not used
+        raise pickle.UnpicklingError(f"refused {module}.{name}")
+
+
+def read_metadata(file: IO[bytes]) -> Metadata:
+    """The description of a checkpoint's tensors. Raises `ValueError` where it is not one."""
+    try:
+        metadata = _MetadataUnpickler(file).load()
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"unreadable metadata: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError("unreadable metadata: not a checkpoint's")
+    for info in (metadata.storage_data or {}).values():
+        if PurePosixPath(info.relative_path).name != info.relative_path:
+            raise ValueError(f"file outside of the checkpoint: {info.relative_path}")
+    return metadata
+
+
+class _SafeMetadata:
+    """Mixed in before a DCP reader."""
+
+    fs: Any
+    path: Any
+    load_id: str
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self.fs.concat_path(self.path, ".metadata"), "rb") as file:
+            metadata = read_metadata(file)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _LocalReader(_SafeMetadata, dcp.FileSystemReader):
+    pass
+
+
+class _RemoteReader(_SafeMetadata, FsspecReader):
+    pass
+
+
+def writer(url: str, *, is_local: bool) -> dcp.StorageWriter:
+    """Writes into a fresh folder only; what is there already is never overwritten."""
+    if is_local:
+        return dcp.FileSystemWriter(url, overwrite=False)
+    return FsspecWriter(url, overwrite=False, use_listings_cache=False)
+
+
+def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """All tensors of a checkpoint on the CPU, but those whose name starts with one of `skip`.
+
+    Raises `ValueError` where the checkpoint is damaged or holds anything but tensors.
+    """
+    reader = _LocalReader(url) if is_local else _RemoteReader(url, use_listings_cache=False)
+    wanted: dict[str, Tensor] = {}
+    for name, item in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise ValueError(f"{name} is not a tensor")
+        if not name.startswith(skip):
+            wanted[name] = torch.empty(item.size, dtype=item.properties.dtype)
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    return wanted

@@ -1,0 +1,228 @@
+"""A stage of a run as one rank sees it, and `Session.train`: one restartable training in it.
+
+A lottery-ticket method is a program over a session: it asks for networks, trains them phase by
+phase, and records what comes of it. Each phase has its own folder of checkpoints; a phase that
+was interrupted goes on from the newest valid one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.errors import UserError
+from data.order import stream_seed
+from data.sources import Data, open_data
+from train.checkpoint import Checkpoints
+from train.duration import Duration
+from train.engine import Engine
+from train.evaluate import Evaluation, evaluate
+from train.files import Folder
+from train.loop import Instruments, Plan, fit, record_evaluation
+from train.metrics import Recorder
+from train.models import ModelSpec
+from train.objective import Objective
+from train.optim import build_optimizer, load_optimizer_state
+from train.progress import Display
+from train.rng import seed_everything
+from train.schedule import Schedule, build_schedule
+from train.settings import Settings
+from train.signals import Signals
+from train.state import Network, Sparsity, TrainState
+
+MakeSparsity = Callable[[nn.Module, Optimizer], Sparsity]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training from step `start` to step `stop`, on a schedule and in a folder of its own."""
+
+    stage: str
+    level: str
+    start: int
+    stop: int
+    schedule: Schedule
+    seed_labels: tuple[str | int, ...]
+    """which random stream orders and augments the data: another for each training"""
+    keep: frozenset[int] = frozenset()
+    """steps whose checkpoints stay; the last one's always does"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}/{self.level}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a phase came to; the network that was trained holds the final weights."""
+
+    evaluations: dict[str, Evaluation]
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a phase begins: weights (and buffers), and optionally an optimizer's state."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None = None
+
+
+@dataclass
+class Session:
+    """One stage of a run: its settings, its data, and the instruments that all phases share."""
+
+    settings: Settings
+    engine: Engine
+    folder: Folder
+    recorder: Recorder
+    display: Display
+    signals: Signals
+    data: Data = field(init=False)
+    total_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        engine = self.engine
+        self.data = open_data(
+            self.settings.data,
+            device=engine.device,
+            rank=engine.rank,
+            world_size=engine.world_size,
+        )
+        length = Duration.parse(self.settings.train.total)
+        self.total_steps = length.steps(self.data.steps_per_epoch)
+        if self.total_steps < 1:
+            raise UserError(f"train.total = {self.settings.train.total!r}: no step to train")
+
+    # Lengths and networks ----------------------------------------------------------------
+
+    def steps(self, text: str) -> int:
+        """A duration in optimizer steps of this session's data and length."""
+        return Duration.parse(text).steps(self.data.steps_per_epoch, self.total_steps)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate's factor over the whole training."""
+        return build_schedule(
+            self.settings.schedule,
+            steps_per_epoch=self.data.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The shape of this session's network."""
+        return ModelSpec.of(
+            self.settings.model,
+            num_classes=len(self.data.classes),
+            in_chans=self.data.image_shape[0],
+        )
+
+    def seed(self, *labels: str | int) -> int:
+        """A seed of the run for one purpose."""
+        return stream_seed(self.settings.seed, *labels)
+
+    def build_network(self) -> Network:
+        """The session's network with its initial weights, ready for training."""
+        example = self.engine.example(self.data.image_shape, self.settings.data.batch_size)
+        return self.engine.prepare(self.model_spec.build(self.seed("init")), example)
+
+    # Training ----------------------------------------------------------------------------
+
+    def checkpoints(self, phase: str) -> Checkpoints:
+        """The checkpoints of a phase by its name `stage/level`."""
+        return Checkpoints(
+            self.folder / f"{phase}/checkpoints",
+            self.engine,
+            keep=self.settings.checkpoint.keep,
+        )
+
+    def train(
+        self, phase: Phase, network: Network, start: Start, make_sparsity: MakeSparsity
+    ) -> Outcome:
+        """Trains `network` through `phase`, from `start` or from the newest valid checkpoint.
+
+        Afterwards the checkpoint of the last step exists and `network` holds its weights.
+        """
+        state = self._begin(phase, network, start, make_sparsity)
+        self.display.begin(
+            phase.name,
+            density=state.sparsity.density,
+            step=state.step,
+            start=phase.start,
+            stop=phase.stop,
+        )
+        plan = self._plan(phase)
+        instruments = Instruments(
+            self.checkpoints(phase.name),
+            self.recorder,
+            self.display,
+            self.signals,
+            held_out=self._held_out(),
+        )
+        throughput = fit(state, plan, engine=self.engine, instruments=instruments)
+        rate = throughput.images_per_second
+        evaluations = {}
+        for split, images in self.data.evaluation.items():
+            evaluations[split] = evaluate(state.evaluated, images, self.engine)
+            record_evaluation(evaluations[split], split, state, plan, instruments)
+        self.recorder.sync()
+        return Outcome(evaluations, rate)
+
+    def _begin(
+        self, phase: Phase, network: Network, start: Start, make_sparsity: MakeSparsity
+    ) -> TrainState:
+        seed_everything(self.seed(*phase.seed_labels, "rank", self.engine.rank))
+        network.module.load_state_dict(start.weights)
+        optimizer = build_optimizer(network.module, self.settings.optimizer)
+        if start.optimizer is not None:
+            load_optimizer_state(network.module, optimizer, start.optimizer)
+        sparsity = make_sparsity(network.module, optimizer)
+        loader = self.data.loader(self.seed(*phase.seed_labels))
+        loader.load_state_dict({"position": phase.start})
+        decay = self.settings.train.ema
+        state = TrainState(
+            network=network,
+            optimizer=optimizer,
+            sparsity=sparsity,
+            scaler=self.engine.fresh_scaler(),
+            loader=loader,
+            ema=None if decay is None else ModelEmaV3(network.module, decay=decay),
+            rank=self.engine.rank,
+            device=self.engine.device,
+            step=phase.start,
+        )
+        checkpoints = self.checkpoints(phase.name)
+        latest = checkpoints.latest()
+        if latest is not None:
+            state.load_state_dict(checkpoints.load(latest))
+            self.display.say(f"{phase.name}: goes on at step {latest} of {phase.stop}")
+        return state
+
+    def _plan(self, phase: Phase) -> Plan:
+        settings = self.settings
+        every, save = settings.train.evaluate, settings.checkpoint.every
+        return Plan(
+            stop=phase.stop,
+            schedule=phase.schedule,
+            learning_rate=settings.optimizer.lr,
+            objective=Objective(
+                len(self.data.classes),
+                label_smoothing=settings.train.label_smoothing,
+                mixup=settings.train.mixup,
+                cutmix=settings.train.cutmix,
+                seed=self.seed(*phase.seed_labels),
+            ),
+            log_every=settings.log.every,
+            evaluate_every=None if every is None else max(1, self.steps(every)),
+            save_every=None if save is None else max(1, self.steps(save)),
+            keep=phase.keep | {phase.stop},
+            identity={"stage": phase.stage, "level": phase.level},
+        )
+
+    def _held_out(self) -> tuple[str, Any]:
+        split = "validation" if "validation" in self.data.evaluation else "test"
+        return split, self.data.evaluation[split]

@@ -1,0 +1,120 @@
+"""All that a training is made of, and what a sparsification method does inside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.loader import Loader
+from train.optim import load_optimizer_state, optimizer_state
+from train.rng import load_rng_state, rng_state
+
+
+class Sparsity(Protocol):
+    """What a lottery method does around every optimizer step; its state is in every checkpoint."""
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool tensor of its shape; `True` is kept. Dense parameters are absent."""
+        ...
+
+    @property
+    def density(self) -> float:
+        """The fraction of the prunable weights that is kept."""
+        ...
+
+    def before_update(self, step: int) -> bool:
+        """Sees the dense gradients, averaged over ranks and unscaled; `False` vetoes the step."""
+        ...
+
+    def after_update(self, step: int) -> None:
+        """Restores the method's invariants on weights and optimizer state."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Dense:
+    """No sparsity: every step is taken, nothing is masked."""
+
+    masks: Mapping[str, Tensor] = {}
+    density = 1.0
+
+    def before_update(self, step: int) -> bool:
+        return True
+
+    def after_update(self, step: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model in both its forms: with its own parameter names, and as DDP runs it."""
+
+    module: nn.Module
+    wrapped: nn.Module
+
+
+@dataclass
+class TrainState:
+    """One training at one step: saved whole, loaded whole (a DCP `Stateful`)."""
+
+    network: Network
+    optimizer: Optimizer
+    sparsity: Sparsity
+    scaler: torch.amp.GradScaler
+    loader: Loader
+    ema: ModelEmaV3 | None
+    rank: int
+    device: torch.device
+    step: int = 0
+    """optimizer steps done since the start of the whole training, vetoed ones included"""
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network.module
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is measured: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values in nested dicts. What differs by rank stands under `ranks`."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "ema": {} if self.ema is None else self.ema.module.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sparsity": self.sparsity.state_dict(),
+            "loader": self.loader.state_dict(),
+            "progress": {"step": self.step},
+            "ranks": {str(self.rank): {"rng": rng_state(self.device)}},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts everything back. A rank that the saved run did not have keeps its fresh RNG."""
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.sparsity.load_state_dict(state["sparsity"])
+        self.loader.load_state_dict(state["loader"])
+        self.step = int(state["progress"]["step"])
+        own = state["ranks"].get(str(self.rank))
+        if own is not None:
+            load_rng_state(own["rng"], self.device)
