@@ -17,7 +17,7 @@ from data.order import sample_uniforms
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random shift (zero padding, then a crop of the first size), and a flip where it makes sense."""
+    """A random shift (zero padding, then a crop), and a flip where it makes sense."""
 
     max_shift: int = 0
     flip: bool = False
@@ -60,9 +60,7 @@ class Augmenter:
             images = torch.where(flip, images.flip(3), images)
         return images
 
-    def _crop(
-        self, padded: Tensor, top: NDArray[np.float64], left: NDArray[np.float64]
-    ) -> Tensor:
+    def _crop(self, padded: Tensor, top: NDArray[np.float64], left: NDArray[np.float64]) -> Tensor:
         num_offsets = 2 * self.augmentation.max_shift + 1
         height, width = self.size
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, oy, ox, H, W], a view

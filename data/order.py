@@ -48,7 +48,8 @@ def sample_uniforms(
     """`[len(samples), num_draws]` numbers in [0, 1), those of one sample in one epoch per row."""
     epoch_seed = stream_seed(seed, "augment", epoch)
     counters = samples[:, None] * num_draws + np.arange(num_draws)
-    return (random_bits(epoch_seed, counters) >> np.uint64(11)) * 2.0**-53
+    bits = random_bits(epoch_seed, counters) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
 
 
 class SampleOrder:
@@ -78,9 +79,7 @@ class SampleOrder:
             self._cached = epoch, random_permutation(seed, self.num_samples)
         return self._cached[1]
 
-    def batch(
-        self, epoch: int, step: int, rank: int = 0, world_size: int = 1
-    ) -> NDArray[np.int64]:
+    def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
         """A rank's share of the global batch at `step` of `epoch`: `int64` sample indices.
 
         The shares are contiguous, differ in size by at most one and, joined in rank order, are

@@ -95,9 +95,7 @@ def digits(root: str) -> ImageArrays:
     )
 
 
-def _stratified(
-    labels: NDArray[np.int64], fractions: tuple[float, ...]
-) -> list[NDArray[np.int64]]:
+def _stratified(labels: NDArray[np.int64], fractions: tuple[float, ...]) -> list[NDArray[np.int64]]:
     """Cuts the samples into `len(fractions) + 1` parts, each class in the same proportions."""
     shuffled = random_permutation(_SPLIT_SEED, len(labels))
     parts: list[list[NDArray[np.int64]]] = [[] for _ in range(len(fractions) + 1)]
@@ -117,7 +115,9 @@ def _cifar(root: str, *, name: str, mean: tuple[float, ...], std: tuple[float, .
     try:
         parts = [kind(folder, train=train) for train in (True, False)]
     except RuntimeError:
-        download = f"import torchvision; torchvision.datasets.{name}({str(folder)!r}, download=True)"
+        download = (
+            f"import torchvision; torchvision.datasets.{name}({str(folder)!r}, download=True)"
+        )
         raise UserError(
             f"data.root = {str(folder)!r} holds no {name}; set data.root to its folder, or "
             f'download it: python -c "{download}"'
@@ -141,9 +141,7 @@ def _cifar(root: str, *, name: str, mean: tuple[float, ...], std: tuple[float, .
 
 def cifar10(root: str) -> ImageArrays:
     """CIFAR-10 in its python batches, as torchvision reads them: 50,000 train, 10,000 test."""
-    return _cifar(
-        root, name="CIFAR10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    )
+    return _cifar(root, name="CIFAR10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
 
 def cifar100(root: str) -> ImageArrays:

@@ -94,7 +94,7 @@ def _require_same(folder: Folder, document: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The git commit of this source tree, with `+` if it was changed; `None` for an installation."""
+    """The git commit of this source tree, with `+` if changed; `None` for an installation."""
     source = Path(__file__).parent
     try:
         commit = subprocess.run(

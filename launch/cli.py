@@ -165,7 +165,11 @@ def _print_run_help() -> None:
         ("", Run, "tombola run"),
         ("\nThe sections of a configuration:\n", Settings, "tombola run CONFIG"),
         *(
-            (f"\nA stage with recipe = {name!r}, its options as --stages.NAME.option:\n", r.config, "")
+            (
+                f"\nA stage with recipe = {name!r}, its options as --stages.NAME.option:\n",
+                r.config,
+                "",
+            )
             for name, r in RECIPES.items()
         ),
     ):

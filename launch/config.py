@@ -138,6 +138,7 @@ def _read_command_line(words: Sequence[str]) -> list[Given]:
             given = Given(key.replace("-", "_"), (value,) if equals else (), COMMAND_LINE)
             found.append(given)
         elif found:
+            word = {"true": "True", "false": "False"}.get(word, word)  # as TOML spells them
             found[-1] = dataclasses.replace(found[-1], words=(*found[-1].words, word))
         else:
             raise UserError(f"{word!r}: write options as --section.key value")

@@ -13,7 +13,7 @@ from train.files import Folder
 
 
 def find_run(run: str, root: str) -> Folder:
-    """A run by its path or URL, or by its name under `root`. Raises `UserError` if there is none."""
+    """A run by path, URL, or name under `root`. Raises `UserError` if there is none."""
     for folder in (Folder(run), Folder(root) / run):
         if folder.exists("config.toml"):
             return folder
@@ -53,7 +53,9 @@ def show_ticket(run: str, name: str | None, *, root: str, as_json: bool) -> None
     console.print(f"{ticket.stage}/{ticket.name}  {ticket.id}")
     console.print(f"lineage   {' <- '.join(_lineage(ticket, tickets))}")
     console.print(f"model     {ticket.model.name}, {ticket.model.num_classes} classes")
-    console.print(f"density   {ticket.density:.4%} ({ticket.masks.kept:,} of {ticket.masks.size:,})")
+    console.print(
+        f"density   {ticket.density:.4%} ({ticket.masks.kept:,} of {ticket.masks.size:,})"
+    )
     start = ticket.weights_digest or "none: not found by weight rewinding"
     console.print(f"weights   step {ticket.step}: {start[:40]}")
     for split, values in ticket.metrics.items():

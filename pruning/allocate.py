@@ -38,7 +38,9 @@ def keep_top(scores: Mapping[str, Tensor], density: float, scope: Scope = "globa
     counts = {name: count_for(density, size) for name, size in sizes.items()}
     for name, count in counts.items():
         if count == 0:
-            raise UserError(f"density = {density} keeps none of the {sizes[name]} weights of {name}")
+            raise UserError(
+                f"density = {density} keeps none of the {sizes[name]} weights of {name}"
+            )
     return keep_counts(scores, counts)
 
 

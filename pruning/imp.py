@@ -24,7 +24,7 @@ from pruning.fixed import FixedMasks
 from pruning.masks import Masks
 from pruning.scores import magnitude
 from pruning.tickets import Ticket, TicketFolder, software_versions, write_weights
-from train.duration import Duration, check_durations
+from train.duration import check_durations
 from train.schedule import constant
 from train.session import Phase, Session, Start
 
@@ -235,15 +235,17 @@ class _Imp:
         scores = magnitude(model, exclude=self.config.exclude)
         masks = parent.masks.to(self.session.engine.device)
         try:
-            return prune_fraction(
-                scores, masks, self.config.prune_fraction, self.config.scope
-            ).to("cpu")
+            return prune_fraction(scores, masks, self.config.prune_fraction, self.config.scope).to(
+                "cpu"
+            )
         except ValueError as error:
             raise RunError(f"{self.stage}/{parent.name}: cannot be pruned: {error}") from error
 
     def _oneshot(self, count: int) -> Masks:
         self.network.module.load_state_dict(self._rewound().weights)
-        return keep_count(magnitude(self.network.module, exclude=self.config.exclude), count).to("cpu")
+        return keep_count(magnitude(self.network.module, exclude=self.config.exclude), count).to(
+            "cpu"
+        )
 
     def _final(self, ticket: Ticket) -> Start:
         """The weights at the end of a ticket's training."""
@@ -276,4 +278,5 @@ def _line(ticket: Ticket) -> str:
         f"{split} accuracy {values['accuracy']:.4f}" for split, values in ticket.metrics.items()
     )
     rate = ticket.timing["images_per_second"]
-    return f"{ticket.stage}/{ticket.name}: density {ticket.density:.2%}  {accuracy}  {rate:,.0f} images/s"
+    name = f"{ticket.stage}/{ticket.name}"
+    return f"{name}: density {ticket.density:.2%}  {accuracy}  {rate:,.0f} images/s"

@@ -137,9 +137,10 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Para
         excluded.update(matched)
     weights: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        if name not in excluded and isinstance(layer.weight, nn.Parameter):
-            if all(layer.weight is not other for other in weights.values()):
-                weights[f"{name}.weight" if name else "weight"] = layer.weight
+        weight = layer.weight
+        tied = any(weight is other for other in weights.values())
+        if name not in excluded and isinstance(weight, nn.Parameter) and not tied:
+            weights[f"{name}.weight" if name else "weight"] = weight
     if not weights:
         raise UserError("exclude leaves no layer to prune")
     return weights
@@ -151,7 +152,7 @@ def pack_bits(mask: Tensor) -> bytes:
 
 
 def unpack_bits(packed: bytes, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack_bits`. Raises `ValueError` for a wrong length or stray bits at the end."""
+    """The inverse of `pack_bits`. Raises `ValueError` for a wrong length or stray bits."""
     count = int(np.prod(shape, dtype=np.int64))
     data = np.frombuffer(packed, np.uint8)
     if len(data) != (count + 7) // 8:

@@ -56,7 +56,7 @@ class Ticket:
 
     @property
     def id(self) -> str:
-        """SHA-256 of what the ticket is: masks, weights, model, step and lineage; not of metrics."""
+        """SHA-256 of what the ticket is: masks, weights, model, step, lineage; not of metrics."""
         identity = {
             "format": FORMAT,
             "method": self.method,
@@ -81,7 +81,7 @@ class Ticket:
         return _read(folder, Folder(f"{folder}/../../tickets"))
 
     def weights(self) -> dict[str, Tensor]:
-        """The state at `step`, on the CPU, not masked. Raises `UserError` if the ticket has none."""
+        """The state at `step`, on the CPU, not masked. Raises `UserError` if there is none."""
         if self.weights_digest is None or self.objects is None:
             raise UserError(
                 f"ticket {self.id[:12]} ({self.method}, level {self.level}) has no weights to "
@@ -144,8 +144,6 @@ class TicketFolder:
             for name in (self._run / stage).names()
             if (folder := self._run / f"{stage}/{name}").exists(_FILE)
         ]
-
-
 
 
 def software_versions() -> dict[str, str]:
@@ -224,7 +222,9 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _read_object(objects: Folder, digest: str, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_object(
+    objects: Folder, digest: str, name: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise RunError(f"{digest!r} is no digest")
     file = f"{digest}/{name}"

@@ -117,7 +117,9 @@ class Checkpoints:
         try:
             manifest = self._engine.on_main(lambda: self._verify(step))
             others = tuple(
-                f"ranks/{rank}/" for rank in range(manifest["world_size"]) if rank != self._engine.rank
+                f"ranks/{rank}/"
+                for rank in range(manifest["world_size"])
+                if rank != self._engine.rank
             )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to load.*")
@@ -222,5 +224,6 @@ def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)
     if failures:
         first = failures[min(failures)]
-        return first[0] if isinstance(first, tuple) else first
+        cause: BaseException = first[0] if isinstance(first, tuple) else first
+        return cause
     return error

@@ -1,8 +1,9 @@
 """The small networks of the lottery-ticket papers, for images of 8 to 64 pixels.
 
 `cifar_resnet{6n+2}`: three stages of n basic blocks (He et al. 2016, 1512.03385, section 4.2),
-with a 1x1 convolution where a shortcut changes shape, as in Frankle et al. `cifar_vgg{11,13,16,19}`:
-3x3 convolutions with batch normalisation and one linear layer (Simonyan and Zisserman, 1409.1556).
+with a 1x1 convolution where a shortcut changes shape, as in Frankle et al.
+`cifar_vgg{11,13,16,19}`: 3x3 convolutions with batch normalisation and one linear layer (Simonyan
+and Zisserman, 1409.1556).
 Both take images of any size, and a normalisation that does not depend on the batch on request.
 """
 
@@ -45,7 +46,13 @@ class CifarResNet(nn.Module):
     """`[N, in_chans, H, W]` to `[N, num_classes]` through stages of `width`, 2 and 4 `width`."""
 
     def __init__(
-        self, depth: int, *, num_classes: int, in_chans: int = 3, width: int = 16, norm: str = "batch"
+        self,
+        depth: int,
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        width: int = 16,
+        norm: str = "batch",
     ) -> None:
         super().__init__()
         make_norm = NORMS[norm]
@@ -72,10 +79,16 @@ class CifarResNet(nn.Module):
 
 
 class CifarVgg(nn.Module):
-    """`[N, in_chans, H, W]` to `[N, num_classes]`; a 2x2 max-pool after each of the first 4 stages."""
+    """`[N, in_chans, H, W]` to `[N, num_classes]`; a 2x2 max-pool between the five stages."""
 
     def __init__(
-        self, depth: int, *, num_classes: int, in_chans: int = 3, width: int = 64, norm: str = "batch"
+        self,
+        depth: int,
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        width: int = 64,
+        norm: str = "batch",
     ) -> None:
         super().__init__()
         make_norm = NORMS[norm]

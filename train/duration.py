@@ -1,4 +1,4 @@
-"""A length of training: `"90ep"`, `"2000it"`, `"5%"`, `"init"`. The one place that turns it into steps."""
+"""A length of training, `"90ep"`, `"2000it"`, `"5%"`, `"init"`, and the way to steps."""
 
 import math
 import re

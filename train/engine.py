@@ -51,9 +51,7 @@ class Engine:
             limit = timedelta(seconds=timeout)
             handlers.append(InitProcessGroupKwargs(backend=backend, timeout=limit))
         # Autocast and the scaler are ours: a stage may choose another precision than the last.
-        self.accelerator = Accelerator(
-            cpu=not cuda, mixed_precision="no", kwargs_handlers=handlers
-        )
+        self.accelerator = Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=handlers)
         self.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -76,7 +74,7 @@ class Engine:
         self.accelerator.free_memory()
         if self._sync_batchnorm and self.world_size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(self.device, memory_format=self._memory_format)
+        model = model.to(self.device).to(memory_format=self._memory_format)
         if self._compile:
             model.compile()
         network = Network(model, self.accelerator.prepare_model(model))

@@ -20,13 +20,15 @@ def fsync_folder(path: Path) -> None:
 
 
 class Folder:
-    """A folder, local or remote. `folder / "a/b"` is a folder below it; nothing is made until written."""
+    """A folder, local or remote, made when something is written; `folder / "a/b"` is below it."""
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/")
-        self._fs, self._path = fsspec.core.url_to_fs(self.url, use_listings_cache=False) if (
-            "://" in self.url
-        ) else fsspec.core.url_to_fs(os.path.abspath(os.path.expanduser(self.url)))
+        self._fs, self._path = (
+            fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            if ("://" in self.url)
+            else fsspec.core.url_to_fs(os.path.abspath(os.path.expanduser(self.url)))
+        )
         self.is_local = "file" in self._fs.protocol
 
     def __truediv__(self, name: str) -> "Folder":
@@ -96,7 +98,7 @@ class Folder:
         self._fs.makedirs(self._path, exist_ok=True)
 
     def remove(self, name: str = "") -> None:
-        """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+        """Removes a file, or a folder with all that is in it, if it is there."""
         target = self._join(name)
         if self.is_local and os.path.isdir(target):
             shutil.rmtree(target)
@@ -108,7 +110,7 @@ class Folder:
 
 
 class Journal:
-    """An append-only file of JSON lines. A line torn by a crash is dropped when it is opened again."""
+    """An append-only file of JSON lines; opening it again drops a line torn by a crash."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name

@@ -76,9 +76,7 @@ def _open_trackers(folder: Folder, run: str, config: LogConfig) -> list[GeneralT
     trackers: list[GeneralTracker] = []
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"log.trackers: {name} is not installed; pip install 'tombola[{name}]'"
-            )
+            raise UserError(f"log.trackers: {name} is not installed; pip install 'tombola[{name}]'")
         if name == "tensorboard":
             if folder.local_path is None:
                 raise UserError("log.trackers: tensorboard needs a run folder on a local disk")

@@ -69,7 +69,11 @@ class ModelSpec:
             torch.manual_seed(seed)
             try:
                 network = cifar.find_network(self.name)
-                model = timm.create_model(self.name, **arguments) if network is None else network(**arguments)
+                model = (
+                    timm.create_model(self.name, **arguments)
+                    if network is None
+                    else network(**arguments)
+                )
             except (TypeError, AttributeError) as error:
                 raise UserError(f"model {self.name}: {error}") from error
         return model

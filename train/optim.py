@@ -29,7 +29,7 @@ class OptimizerConfig:
     """weight decay on normalisations and biases too, as in the papers' recipes"""
 
     def __post_init__(self) -> None:
-        known = list_optimizers()
+        known = [str(name) for name in list_optimizers()]
         if self.name not in known:
             near = did_you_mean(self.name, known)
             raise ValueError(f"name = {self.name!r} is no timm optimizer{near}")
@@ -76,7 +76,11 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return {
-        "state": {names[p]: dict(optimizer.state[p]) for p in _parameters(optimizer) if p in optimizer.state},
+        "state": {
+            names[p]: dict(optimizer.state[p])
+            for p in _parameters(optimizer)
+            if p in optimizer.state
+        },
         "groups": groups,
     }
 
@@ -90,7 +94,9 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
         for group, values in zip(optimizer.param_groups, saved["groups"], strict=True)
     ]
     state = {
-        number: saved["state"][names[p]] for p, number in index.items() if names[p] in saved["state"]
+        number: saved["state"][names[p]]
+        for p, number in index.items()
+        if names[p] in saved["state"]
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

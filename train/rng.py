@@ -1,4 +1,4 @@
-"""The random generators of a process as tensors of a fixed size, so that a checkpoint holds them."""
+"""The random generators of a process as tensors of a fixed size, fit for a checkpoint."""
 
 import random
 

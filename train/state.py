@@ -19,7 +19,7 @@ class Sparsity(Protocol):
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Parameter name -> bool tensor of its shape; `True` is kept. Dense parameters are absent."""
+        """Parameter name -> bool tensor of its shape, `True` where kept; dense ones are absent."""
         ...
 
     @property

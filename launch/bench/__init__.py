@@ -1,1 +1,8 @@
 """The benchmarks, each a ratio against its reference in one run."""
+
+from collections.abc import Callable
+
+from launch.bench.engine import bench_engine
+from launch.bench.masks import bench_masks
+
+BENCHMARKS: dict[str, Callable[..., None]] = {"engine": bench_engine, "masks": bench_masks}
