@@ -12,6 +12,10 @@ class RunError(Exception):
     """The run cannot go on, and nothing is lost: full disk, non-finite loss. Exit code 1."""
 
 
+class Interrupted(Exception):
+    """SIGTERM or SIGUSR1 came, and the state is saved. Exit code 75 (EX_TEMPFAIL)."""
+
+
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """`; did you mean 'near'?` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)

@@ -14,9 +14,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
-from data.errors import RunError, UserError
+from data.errors import Interrupted, RunError, UserError
 from launch.parsing import ParseError, parse
 
+EXIT_INTERRUPTED = 75
 _SAVED = "the same command goes on from the last checkpoint"
 
 
@@ -115,8 +116,6 @@ def main() -> None:
 
 def run_command(words: list[str]) -> int:
     """Runs one command and returns its exit code; errors are one line on stderr."""
-    from train.signals import EXIT_INTERRUPTED, Interrupted
-
     try:
         _dispatch(words)
     except UserError as error:

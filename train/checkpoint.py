@@ -5,18 +5,17 @@ JSON in `manifest.json`, which names the SHA-256 of every file and is written la
 without its manifest, or with a file that does not match it, is not a checkpoint.
 """
 
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data.errors import RunError
 from train.duration import check_durations
 from train.engine import Engine
 from train.files import Folder
-from train.safe_dcp import read_tensors, writer
+from train.safe_dcp import read_tensors, write_tensors
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -44,9 +43,11 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one training, in `folder/step-00001000/`."""
 
-    def __init__(self, folder: Folder, engine: Engine, *, keep: int) -> None:
+    def __init__(
+        self, folder: Folder, engine: Engine, *, keep: int, say: Callable[[str], None] = print
+    ) -> None:
         self.folder = folder
-        self._engine, self._keep = engine, keep
+        self._engine, self._keep, self._say = engine, keep, say
 
     def save(self, step: int, state: dict[str, Any], *, kept: bool = False) -> None:
         """Saves `state` (nested dicts of tensors and JSON values); called by all ranks.
@@ -60,16 +61,8 @@ class Checkpoints:
         if engine.on_main(lambda: self._ready(step)):
             return
         tensors, values = _split(state)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to save.*")
-            try:
-                dcp.save(
-                    tensors,
-                    storage_writer=writer(target.url, is_local=target.is_local),
-                    no_dist=engine.world_size == 1,
-                )
-            except Exception as error:
-                raise _cause(error) from error
+        alone = engine.world_size == 1
+        write_tensors(tensors, target.url, is_local=target.is_local, alone=alone)
         own = {n: target.digest(n) for n in target.names() if n.startswith(f"__{engine.rank}_")}
         files = {n: digest for part in engine.gather(own) for n, digest in part.items()}
         all_values = _merge(engine.gather(values))
@@ -89,7 +82,7 @@ class Checkpoints:
         engine.on_main(commit)
 
     def latest(self) -> int | None:
-        """The step of the newest valid checkpoint; a damaged one is reported and passed over."""
+        """The step of the newest valid checkpoint; a damaged one is passed over, and said so."""
 
         def find() -> tuple[int | None, list[str]]:
             skipped = []
@@ -103,9 +96,8 @@ class Checkpoints:
             return None, skipped
 
         step, skipped = self._engine.on_main(find)
-        if self._engine.is_main:
-            for what in skipped:
-                print(f"damaged checkpoint passed over: {what}", flush=True)
+        for what in skipped:
+            self._say(f"damaged checkpoint passed over: {what}")
         return step
 
     def load(self, step: int) -> dict[str, Any]:
@@ -121,9 +113,7 @@ class Checkpoints:
                 for rank in range(manifest["world_size"])
                 if rank != self._engine.rank
             )
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*assuming the intent is to load.*")
-                tensors = read_tensors(target.url, is_local=target.is_local, skip=others)
+            tensors = read_tensors(target.url, is_local=target.is_local, skip=others)
         except ValueError as error:
             raise RunError(f"{target}: damaged checkpoint: {error}") from error
         return _join(tensors, manifest["values"])
@@ -170,11 +160,10 @@ class Checkpoints:
         rolling = []
         for step in self._steps():
             try:
-                kept = (self.folder / _name(step)).read_json(_MANIFEST)["kept"]
+                if not (self.folder / _name(step)).read_json(_MANIFEST)["kept"]:
+                    rolling.append(step)
             except (OSError, ValueError, KeyError):
-                kept = False
-            if not kept:
-                rolling.append(step)
+                self._delete(step)  # what an interrupted save left
         for step in rolling[: -self._keep]:
             self._delete(step)
 
@@ -217,13 +206,3 @@ def _merge(values: list[dict[str, Any]]) -> dict[str, Any]:
     for part in reversed(values):  # rank 0's where several ranks hold the same path
         merged.update(part)
     return merged
-
-
-def _cause(error: BaseException) -> BaseException:
-    """DCP wraps what went wrong on a rank: the error of the first rank that failed."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = failures[min(failures)]
-        cause: BaseException = first[0] if isinstance(first, tuple) else first
-        return cause
-    return error

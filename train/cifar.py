@@ -7,6 +7,7 @@ and Zisserman, 1409.1556).
 Both take images of any size, and a normalisation that does not depend on the batch on request.
 """
 
+import math
 import re
 from collections.abc import Callable
 
@@ -18,8 +19,13 @@ Norm = Callable[[int], nn.Module]
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 NORMS: dict[str, Norm] = {
     "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(min(8, channels), channels),
+    "group": lambda channels: nn.GroupNorm(_num_groups(channels), channels),
 }
+
+
+def _num_groups(channels: int) -> int:
+    """Groups of about 16 channels, which divide them evenly (Wu and He 2018, 1803.08494)."""
+    return math.gcd(channels, max(1, channels // 16))
 
 
 class BasicBlock(nn.Module):

@@ -6,8 +6,8 @@ unscale -> `before_update` -> clip -> optimizer -> `after_update`.
 """
 
 import contextlib
-import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -77,7 +77,10 @@ class Engine:
         model = model.to(self.device).to(memory_format=self._memory_format)
         if self._compile:
             model.compile()
-        network = Network(model, self.accelerator.prepare_model(model))
+        with warnings.catch_warnings():
+            # torch 2.15 renames the option; its new name is not in 2.11.
+            warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
+            network = Network(model, self.accelerator.prepare_model(model))
         if self.world_size > 1:
             self._settle(network, example)
         return network
@@ -215,8 +218,7 @@ class Engine:
             raise RunError(f"{what} differ between the ranks ({described}); the run stops here")
 
     def close(self) -> None:
-        """Leaves the process group; what still holds a reference to it is collected first."""
+        """Leaves the process group, once what holds a reference to it is collected."""
         self.accelerator.free_memory()
-        gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()

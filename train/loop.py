@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data.errors import Interrupted
 from data.loader import EvaluationSet
 from train.checkpoint import Checkpoints
 from train.engine import Engine
@@ -19,7 +20,7 @@ from train.objective import Objective
 from train.optim import set_learning_rate
 from train.progress import Display
 from train.schedule import Schedule
-from train.signals import Interrupted, Signals
+from train.signals import Signals
 from train.state import TrainState
 from train.watch import Health, Throughput
 

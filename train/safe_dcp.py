@@ -5,16 +5,23 @@ few classes that describe tensors and nothing else, files lie inside the folder,
 are read, which DCP itself loads with `weights_only=True`.
 """
 
+import contextlib
 import pathlib
 import pickle
+import warnings
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+try:
+    from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
+except ImportError:  # before torch 2.15
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 _ALLOWED = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -80,11 +87,21 @@ class _RemoteReader(_SafeMetadata, FsspecReader):
     pass
 
 
-def writer(url: str, *, is_local: bool) -> dcp.StorageWriter:
-    """Writes into a fresh folder only; what is there already is never overwritten."""
+def write_tensors(tensors: dict[str, Tensor], url: str, *, is_local: bool, alone: bool) -> None:
+    """Writes tensors into a fresh folder; called by all ranks together, unless one is `alone`.
+
+    What several ranks hold under the same name is written once. Raises what went wrong on the
+    first rank that failed; a file that is there already is never overwritten.
+    """
     if is_local:
-        return dcp.FileSystemWriter(url, overwrite=False)
-    return FsspecWriter(url, overwrite=False, use_listings_cache=False)
+        writer: dcp.StorageWriter = dcp.FileSystemWriter(url, overwrite=False)
+    else:
+        writer = FsspecWriter(url, overwrite=False, use_listings_cache=False)
+    try:
+        with _without_warning():
+            dcp.save(tensors, storage_writer=writer, no_dist=alone)
+    except dcp.CheckpointException as error:
+        raise error.failures[min(error.failures)][0] from error
 
 
 def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -99,5 +116,14 @@ def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dic
             raise ValueError(f"{name} is not a tensor")
         if not name.startswith(skip):
             wanted[name] = torch.empty(item.size, dtype=item.properties.dtype)
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    with _without_warning():
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
     return wanted
+
+
+@contextlib.contextmanager
+def _without_warning() -> Iterator[None]:
+    """Each process of one rank is warned that it is alone: it knows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*assuming the intent is to.*")
+        yield

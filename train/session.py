@@ -138,6 +138,7 @@ class Session:
             self.folder / f"{phase}/checkpoints",
             self.engine,
             keep=self.settings.checkpoint.keep,
+            say=self.display.say,
         )
 
     def train(

@@ -9,13 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL: saved, and the same command goes on; a scheduler may requeue"""
-
-
-class Interrupted(Exception):
-    """The training was asked to stop and has saved its state."""
-
 
 @dataclass(frozen=True)
 class Decision:

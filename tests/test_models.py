@@ -1,0 +1,276 @@
+"""Models by name: shapes, sizes, initial weights and the errors of a wrong configuration."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.errors import UserError
+from train.cifar import EXAMPLES, CifarResNet, CifarVgg, find_network
+from train.models import ModelConfig, ModelSpec
+
+
+def build(name: str, *, seed: int = 0, num_classes: int = 10, in_chans: int = 3) -> nn.Module:
+    """The network of that name without options."""
+    return ModelSpec(name, num_classes, in_chans).build(seed)
+
+
+def num_weights(model: nn.Module) -> int:
+    """All parameters, normalisations and biases included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def equal_states(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all parameters and buffers are equal, bit for bit."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+# ---- the CIFAR networks
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_resnet14", "cifar_vgg11", "cifar_vgg13"])
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (13, 20), (1, 1)])
+@torch.no_grad()
+def test_a_cifar_network_takes_images_of_any_size(name: str, size: tuple[int, int]) -> None:
+    """One score per class and image, all finite."""
+    model = ModelSpec(name, 7, 2, {"width": 8}).build().eval()
+    scores = model(torch.ones(3, 2, *size))
+    assert scores.shape == (3, 7)
+    assert bool(scores.isfinite().all())
+
+
+def test_resnet_stages_halve_the_image_and_double_the_channels() -> None:
+    """16, 32 and 64 channels at 32, 16 and 8 pixels."""
+    model = build("cifar_resnet8")
+    assert isinstance(model, CifarResNet)
+    shapes: list[tuple[int, ...]] = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    model(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
+
+
+def test_vgg_stages_halve_the_image_four_times() -> None:
+    """64, 128, 256, 512 and 512 channels at 32, 16, 8, 4 and 2 pixels."""
+    model = build("cifar_vgg11")
+    assert isinstance(model, CifarVgg)
+    shapes: list[tuple[int, ...]] = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    model(torch.zeros(2, 3, 32, 32))
+    channels = (64, 128, 256, 512, 512)
+    assert shapes == [(2, c, 32 >> i, 32 >> i) for i, c in enumerate(channels)]
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 32])
+def test_a_resnet_has_as_many_layers_as_its_name_says(depth: int) -> None:
+    """3x3 convolutions and the classifier; the two 1x1 shortcuts are not counted."""
+    modules = list(build(f"cifar_resnet{depth}").modules())
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
+    assert sum(conv.kernel_size == (3, 3) for conv in convolutions) == depth - 1
+    assert sum(conv.kernel_size == (1, 1) for conv in convolutions) == 2
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_a_vgg_has_as_many_convolutions_as_the_paper_without_its_hidden_layers(depth: int) -> None:
+    """VGG-16 has 13 convolutions and three linear layers; here one linear layer is left."""
+    with torch.device("meta"):
+        modules = list(CifarVgg(depth, num_classes=10).modules())
+    assert sum(isinstance(m, nn.Conv2d) for m in modules) == depth - 3
+    assert sum(isinstance(m, nn.Linear) for m in modules) == 1
+
+
+def test_the_digits_model_has_78_thousand_weights() -> None:
+    """By hand: stem 144, stages 4,608 + 14,336 + 57,344, classifier 650, normalisations 672."""
+    model = build("cifar_resnet8", in_chans=1)
+    assert num_weights(model) == 144 + 4608 + 14336 + 57344 + 650 + 672 == 77754
+
+
+def test_resnet20_has_a_quarter_million_weights() -> None:
+    """0.27 million, as in Table 6 of the ResNet paper (whose shortcuts have no weights)."""
+    model = build("cifar_resnet20")
+    shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
+    assert num_weights(model) == 272474
+    assert shortcuts == 16 * 32 + 32 * 64 + 2 * 32 + 2 * 64
+    assert num_weights(model) - shortcuts == 269722
+
+
+def test_width_scales_the_channels() -> None:
+    """ResNet-8 of width 4 ends in 16 channels, VGG-11 of width 4 in 32."""
+    resnet = ModelSpec.of(ModelConfig("cifar_resnet8", width=4), num_classes=10, in_chans=1).build()
+    vgg = ModelSpec.of(ModelConfig("cifar_vgg11", width=4), num_classes=10, in_chans=1).build()
+    assert isinstance(resnet, CifarResNet)
+    assert isinstance(vgg, CifarVgg)
+    assert (resnet.fc.in_features, vgg.fc.in_features) == (16, 32)
+
+
+def test_weights_are_he_normal_and_biases_zero() -> None:
+    """Standard deviation sqrt(2 / fan-in), of 36,864 and 640 draws."""
+    model = build("cifar_resnet8")
+    assert isinstance(model, CifarResNet)
+    conv = model.get_parameter("stages.2.0.conv2.weight")
+    assert conv.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
+    assert conv.mean().item() == pytest.approx(0, abs=0.002)
+    assert model.fc.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.15)
+    assert not model.fc.bias.any()
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg11"])
+@torch.no_grad()
+def test_group_normalisation_makes_an_image_independent_of_its_batch(name: str) -> None:
+    """In training mode, alone or among others; batch normalisation is the control."""
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    difference: dict[str, Tensor] = {}
+    for norm in ("group", "batch"):
+        config = ModelConfig(name, width=8, norm=norm)
+        model = ModelSpec.of(config, num_classes=10, in_chans=3).build().train()
+        difference[norm] = (model(images)[:2] - model(images[:2])).abs().max()
+    assert difference["group"] < 1e-5
+    assert difference["batch"] > 1e-2
+
+
+def test_a_group_normalised_network_has_no_buffers() -> None:
+    """No running statistics are left behind."""
+    model = ModelSpec.of(ModelConfig("cifar_resnet8", norm="group"), num_classes=2, in_chans=1)
+    assert list(model.build().buffers()) == []
+
+
+@pytest.mark.parametrize("width", [4, 10, 12, 20])
+def test_any_width_can_be_group_normalised(width: int) -> None:
+    """Also one that is no multiple of eight."""
+    config = ModelConfig("cifar_resnet8", width=width, norm="group")
+    model = ModelSpec.of(config, num_classes=10, in_chans=1).build()
+    assert model(torch.ones(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_name_is_a_network(name: str) -> None:
+    """The names that error messages suggest exist."""
+    assert find_network(name) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cifar_resnet2", "cifar_resnet21", "cifar_vgg12", "cifar_resnet", "resnet20", "cifar_vgg16x"],
+)
+def test_other_names_are_no_cifar_network(name: str) -> None:
+    """A depth that is not 6n + 2, an unknown VGG, or another family."""
+    assert find_network(name) is None
+
+
+# ---- building
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_vgg11", "test_resnet"])
+def test_a_seed_determines_all_weights(name: str) -> None:
+    """Whatever the global generator did before; another seed gives other weights."""
+    torch.manual_seed(1)
+    first = build(name, seed=5)
+    torch.manual_seed(2)
+    torch.rand(100)
+    assert equal_states(first, build(name, seed=5))
+    assert not equal_states(first, build(name, seed=6))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "test_resnet"])
+def test_building_leaves_the_global_generator_untouched(name: str) -> None:
+    """What is drawn next does not depend on whether a model was built."""
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    build(name, seed=5)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_building_leaves_the_generators_of_the_devices_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No CUDA device is seeded."""
+    seeded: list[int] = []
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeded.append)
+    build("cifar_resnet8", seed=5)
+    assert seeded == []
+
+
+def test_a_failed_build_leaves_the_global_generator_untouched() -> None:
+    """The same after an error."""
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with pytest.raises(UserError):
+        ModelSpec("cifar_resnet8", 10, 3, {"height": 4}).build()
+    assert torch.equal(torch.rand(4), expected)
+
+
+@torch.no_grad()
+def test_a_timm_model_is_built_by_its_name() -> None:
+    """With the classes and channels of the data set and the options of the configuration."""
+    config = ModelConfig("test_vit", drop_rate=0.25)
+    spec = ModelSpec.of(config, num_classes=7, in_chans=1)
+    assert spec == ModelSpec("test_vit", 7, 1, {"drop_rate": 0.25})
+    model = spec.build().eval()
+    assert type(model).__module__.startswith("timm.models")
+    assert model(torch.zeros(2, 1, 160, 160)).shape == (2, 7)
+    assert isinstance(model.head_drop, nn.Dropout)
+    assert model.head_drop.p == 0.25
+
+
+def test_a_spec_holds_only_the_options_that_were_set() -> None:
+    """Defaults stay with the network."""
+    config = ModelConfig("cifar_vgg16", norm="group")
+    spec = ModelSpec.of(config, num_classes=100, in_chans=3)
+    assert spec == ModelSpec("cifar_vgg16", 100, 3, {"norm": "group"})
+
+
+def test_an_option_that_the_network_does_not_take_is_a_user_error() -> None:
+    """timm's VGG has no stochastic depth, which shows only when it is built."""
+    config = ModelConfig("vgg11", drop_path_rate=0.1)
+    spec = ModelSpec.of(config, num_classes=10, in_chans=3)
+    with pytest.raises(UserError, match=r"model vgg11: .*'drop_path_rate'"):
+        spec.build()
+
+
+# ---- the configuration
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("resnt18", "resnet18"),
+        ("cifar_resnet_20", "cifar_resnet20"),
+        ("cifar_vg16", "cifar_vgg16"),
+        ("vit_base_patch16_244", "vit_base_patch16_224"),
+    ],
+)
+def test_an_unknown_model_has_a_near_miss(name: str, near: str) -> None:
+    """Among timm's models and the CIFAR networks."""
+    message = f"name = '{name}' is no timm model and no CIFAR network; did you mean '{near}'?"
+    with pytest.raises(ValueError, match="is no timm model") as caught:
+        ModelConfig(name)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet18", "width": 8}, "width is no option of resnet18"),
+        ({"name": "resnet18", "norm": "group"}, "norm is no option of resnet18"),
+        ({"drop_rate": 0.0}, "drop_rate is no option of cifar_resnet20"),
+        ({"drop_path_rate": 0.1}, "drop_path_rate is no option of cifar_resnet20"),
+        ({"norm": "layer"}, "norm = 'layer': must be one of batch, group"),
+        ({"width": 0}, "width = 0: must be at least 1"),
+    ],
+)
+def test_an_option_that_does_not_belong_is_named(arguments: dict[str, Any], message: str) -> None:
+    """Options of the CIFAR networks on a timm model, timm's on a CIFAR network, bad values."""
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**arguments)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50.a1_in1k", "cifar_resnet110"])
+def test_known_names_are_accepted(name: str) -> None:
+    """A timm model, one with the tag of its pretrained weights, a CIFAR network."""
+    assert ModelConfig(name).name == name

@@ -1,0 +1,208 @@
+"""An interrupted run equals the uninterrupted one, bit for bit, wherever it was killed."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import command, run_ranks, tombola
+from tiny import assert_same_run, facts, final_states, write_config
+
+KILLED = -signal.SIGKILL
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_run(words: list[str], point: str, count: int) -> None:
+    """Runs a command in a process that kills itself at `point`, the `count`th time it gets there."""
+    from pruning.tickets import TicketFolder
+    from train import checkpoint
+    from train.engine import Engine
+    from train.files import Folder, Journal
+
+    left = [count]
+
+    def reached() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    def after(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            result = original(*arguments, **options)
+            if reached():
+                die()
+            return result
+
+        setattr(owner, name, wrapper)
+
+    def torn_line(self: Journal, record: dict[str, Any]) -> None:
+        if reached():
+            assert self._file is not None
+            self._file.write(b'{"event": "train", "sta')
+            self._file.flush()
+            die()
+        whole_line(self, record)
+
+    def no_manifest(self: Folder, name: str, document: Any) -> None:
+        if name == "manifest.json" and reached():
+            die()
+        write_json(self, name, document)
+
+    def no_ticket(self: TicketFolder, ticket: Any) -> None:
+        if reached():
+            die()
+        write_ticket(self, ticket)
+
+    whole_line, write_json, write_ticket = Journal.append, Folder.write_json, TicketFolder.write
+    if point == "a step":
+        after(Engine, "update")
+    elif point == "a save, before its shards":
+        after(checkpoint.Checkpoints, "_ready")
+    elif point == "a save, before its manifest":
+        Folder.write_json = no_manifest  # type: ignore[method-assign]
+    elif point == "a deletion":
+        after(checkpoint.Checkpoints, "_delete")
+    elif point == "a line of metrics":
+        Journal.append = torn_line  # type: ignore[method-assign]
+    elif point == "the end of a level, before its ticket":
+        TicketFolder.write = no_ticket  # type: ignore[method-assign]
+    elif point == "two levels":
+        after(TicketFolder, "write")
+    command(words)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run on one process."""
+    return finished(tmp_path_factory.mktemp("reference"), world_size=1)
+
+
+def finished(root: Path, world_size: int) -> Path:
+    assert (
+        tombola("run", write_config(root), "--root", str(root), world_size=world_size)
+        == [0] * world_size
+    )
+    return root / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [
+        ("a step", 3),
+        ("a step", 29),
+        ("a step", 70),
+        ("a save, before its shards", 2),
+        ("a save, before its manifest", 3),
+        ("a save, before its manifest", 9),
+        ("a deletion", 2),
+        ("a line of metrics", 11),
+        ("the end of a level, before its ticket", 2),
+        ("two levels", 1),
+        ("two levels", 3),
+    ],
+)
+def test_a_run_killed_in(point: str, count: int, reference: Path, tmp_path: Path) -> None:
+    """... goes on with the same command to the same weights, masks and metrics."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    assert run_ranks(1, killed_run, words, point, count) == [KILLED]
+    assert tombola(*words) == [0]
+    assert_same_run(tmp_path / "tiny", reference)
+
+
+def test_a_run_killed_again_and_again_ends_the_same(reference: Path, tmp_path: Path) -> None:
+    """A machine that dies every 23 steps costs time, and nothing else."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    deaths = 0
+    while run_ranks(1, killed_run, words, "a step", 23) == [KILLED]:
+        deaths += 1
+        assert deaths < 30
+    assert deaths > 3
+    assert_same_run(tmp_path / "tiny", reference)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_run_killed_on_several_ranks(world_size: int, tmp_path: Path) -> None:
+    """On 3 ranks the order of summation matters too: DDP's buckets must be those of before."""
+    (tmp_path / "whole").mkdir()
+    whole = finished(tmp_path / "whole", world_size)
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    codes = run_ranks(world_size, killed_run, words, "a step", 29)
+    assert codes == [KILLED] * world_size
+    assert tombola(*words, world_size=world_size) == [0] * world_size
+    assert_same_run(tmp_path / "tiny", whole)
+
+
+def test_running_a_finished_run_again_trains_nothing(reference: Path) -> None:
+    """The same command finds every ticket finished: not one step, not one new line."""
+    before = facts(reference), sorted(p for p in reference.rglob("*") if p.name != ".lock")
+    words = ["run", str(reference.parent / "tiny.toml"), "--root", str(reference.parent)]
+    assert run_ranks(1, killed_run, words, "a step", 1) == [0]
+    assert (
+        facts(reference),
+        sorted(p for p in reference.rglob("*") if p.name != ".lock"),
+    ) == before
+
+
+def signalled_run(words: list[str], number: int, step: int) -> None:
+    """Runs a command in a process that sends itself a signal in the middle of a step."""
+    from train.engine import Engine
+
+    update = Engine.update
+    left = [step]
+
+    def wrapper(self: Engine, *arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0 and self.rank == self.world_size - 1:
+            os.kill(os.getpid(), number)
+        update(self, *arguments, **options)
+
+    Engine.update = wrapper  # type: ignore[method-assign]
+    command(words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_finishes_the_step_saves_and_leaves_with_75(
+    number: int, world_size: int, tmp_path: Path
+) -> None:
+    """One rank is told; all ranks stop after the same step, and the run goes on from there."""
+    (tmp_path / "whole").mkdir()
+    whole = finished(tmp_path / "whole", world_size)
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    assert run_ranks(world_size, signalled_run, words, number, 11) == [75] * world_size
+    saved = sorted(p.name for p in (tmp_path / "tiny/imp/level-00/checkpoints").iterdir())
+    assert saved[-1] == f"step-{11 if world_size == 1 else 12:08d}"
+    assert tombola(*words, world_size=world_size) == [0] * world_size
+    assert_same_run(tmp_path / "tiny", whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(reference: Path, tmp_path: Path) -> None:
+    """One flipped bit in the newest: the one before it is taken, and the output says so."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    assert run_ranks(1, killed_run, words, "a step", 27) == [KILLED]
+    newest = sorted((tmp_path / "tiny/imp/level-00/checkpoints").glob("step-*"))[-1]
+    shard = newest / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert tombola(*words, output=tmp_path / "out") == [0]
+    printed = (tmp_path / "out.0").read_text()
+    assert f"damaged checkpoint passed over: {newest}: __0_0.distcp does not match" in printed
+    assert "goes on at step 16 of 39" in printed
+    assert_same_run(tmp_path / "tiny", reference)
+
+
+def test_the_step_k_and_the_end_of_each_level_stay(reference: Path) -> None:
+    """Rolling deletion keeps the last two, and never touches a kept checkpoint."""
+    names = {
+        level: sorted(p.name for p in (reference / f"imp/{level}/checkpoints").iterdir())
+        for level in ("level-00", "level-01")
+    }
+    assert names["level-00"] == [f"step-{step:08d}" for step in (5, 24, 32, 39)]
+    assert names["level-01"] == [f"step-{step:08d}" for step in (24, 32, 39)]
+    assert len(final_states(reference)) == 5
