@@ -89,7 +89,7 @@ class SampleOrder:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         first = step * self.batch_size + self.batch_size * rank // world_size
         last = step * self.batch_size + self.batch_size * (rank + 1) // world_size
-        return self.permutation(epoch)[first:last]
+        return self.permutation(epoch)[first:last].copy()
 
 
 def shard(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[slice]:

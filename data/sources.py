@@ -77,7 +77,7 @@ class Data:
 
 
 def digits(root: str) -> ImageArrays:
-    """scikit-learn's 1,797 real 8x8 digits: 1,257 train, 180 validation, 360 test, stratified."""
+    """scikit-learn's 1,797 real 8x8 digits: 1,258 train, 180 validation, 359 test, stratified."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -119,8 +119,8 @@ def _cifar(root: str, *, name: str, mean: tuple[float, ...], std: tuple[float, .
             f"import torchvision; torchvision.datasets.{name}({str(folder)!r}, download=True)"
         )
         raise UserError(
-            f"data.root = {str(folder)!r} holds no {name}; set data.root to its folder, or "
-            f'download it: python -c "{download}"'
+            f"data.root = {str(folder)!r} holds no complete {name}; set data.root to its folder, "
+            f'or download it: python -c "{download}"'
         ) from None
     train, test = (
         Split(

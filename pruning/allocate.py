@@ -65,8 +65,14 @@ def prune_fraction(
 ) -> Masks:
     """One round of iterative pruning: of R survivors, the ceil(fraction * R) lowest scores go.
 
-    Frankle and Carbin 2019 (1803.03635). Over all layers, or of each layer its own share.
+    Frankle and Carbin 2019 (1803.03635). Over all layers, or of each layer its own share. Raises
+    `UserError` for a fraction outside [0, 1], `ValueError` for scores of other weights or NaN.
     """
+    if not 0 <= fraction <= 1:
+        raise UserError(f"fraction = {fraction}: must be between 0 and 1")
+    if scores.keys() != masks.keys():
+        unlike = sorted(scores.keys() ^ masks.keys())
+        raise ValueError(f"scores and masks of different weights: {', '.join(unlike[:3])}")
     if scope == "global":
         return keep_count(scores, _after_pruning(masks.kept, fraction), masks)
     counts = {row.name: _after_pruning(row.kept, fraction) for row in masks.table()}

@@ -24,29 +24,25 @@ class FixedMasks:
         self._digest = masks.digest()
         self._optimizer = optimizer
         named = dict(model.named_parameters())
-        self._weights = [named[name] for name in masks]
-        # Factors of 0 and 1 in the layout of each weight: one fused multiplication for all layers.
-        self._factors = [
-            torch.empty_like(weight).copy_(mask)
-            for weight, mask in zip(self._weights, masks.values(), strict=True)
-        ]
+        # Factors of 0 and 1 in the layout of each weight, where anything is pruned at all: one
+        # fused multiplication for all layers, and none for a dense network.
+        self._factors = {
+            named[name]: torch.empty_like(named[name]).copy_(mask)
+            for name, mask in masks.items()
+            if not bool(mask.all())
+        }
 
     @torch.no_grad()
     def before_update(self, step: int) -> bool:
         """Masks the gradients; never vetoes."""
-        pairs = [
-            (weight.grad, factor)
-            for weight, factor in zip(self._weights, self._factors, strict=True)
-            if weight.grad is not None
-        ]
-        _multiply(pairs)
+        _multiply([(w.grad, factor) for w, factor in self._factors.items() if w.grad is not None])
         return True
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Zeroes pruned weights, and every optimizer state of a weight's shape."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        for weight, factor in zip(self._weights, self._factors, strict=True):
+        for weight, factor in self._factors.items():
             pairs.append((weight, factor))
             for value in self._optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:

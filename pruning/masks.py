@@ -128,19 +128,20 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Para
     pattern that matches no such layer, or if nothing is left.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
-    excluded: set[str] = set()
+    excluded: set[Tensor] = set()  # a weight that two layers share is excluded with either
     for pattern in exclude:
         matched = fnmatch.filter(layers, pattern)
         if not matched:
             near = did_you_mean(pattern, layers)
             raise UserError(f"exclude = {pattern!r} matches no convolution or linear layer{near}")
-        excluded.update(matched)
-    weights: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        weight = layer.weight
-        tied = any(weight is other for other in weights.values())
-        if name not in excluded and isinstance(weight, nn.Parameter) and not tied:
-            weights[f"{name}.weight" if name else "weight"] = weight
+        excluded.update(layers[name].weight for name in matched)
+    names = {weight: name for name, weight in model.named_parameters()}
+    found = [layer.weight for layer in layers.values()]
+    weights = {
+        names[weight]: weight
+        for weight in found
+        if isinstance(weight, nn.Parameter) and weight not in excluded
+    }
     if not weights:
         raise UserError("exclude leaves no layer to prune")
     return weights

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -166,7 +167,7 @@ def write_masks(objects: Folder, masks: Masks) -> str:
     digest = masks.digest()
     if not objects.exists(f"{digest}/{_MASKS}"):
         packed = {
-            name: torch.frombuffer(bytearray(pack_bits(mask)), dtype=torch.uint8)
+            name: torch.from_numpy(np.frombuffer(pack_bits(mask), np.uint8).copy())
             for name, mask in masks.items()
         }
         shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})

@@ -1,8 +1,9 @@
-"""Makes the tests' own modules importable, and keeps runs from sharing a process's state."""
+"""Makes the tests' own modules importable; one thread, since the tests share the machine."""
 
-import os
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)

@@ -17,7 +17,7 @@ def die() -> None:
 
 
 def killed_run(words: list[str], point: str, count: int) -> None:
-    """Runs a command in a process that kills itself at `point`, the `count`th time it gets there."""
+    """Runs a command in a process that kills itself when it is at `point` for time `count`."""
     from pruning.tickets import TicketFolder
     from train import checkpoint
     from train.engine import Engine

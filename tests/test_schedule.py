@@ -158,7 +158,6 @@ def test_a_bad_field_is_named_with_its_value(arguments: dict[str, Any], message:
         ScheduleConfig(**arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="an unknown name falls through to a constant schedule")
 def test_an_unknown_name_is_refused() -> None:
     """A misspelt schedule must not silently be a constant one."""
     with pytest.raises(ValueError, match="cosin"):

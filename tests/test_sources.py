@@ -157,7 +157,18 @@ def write_cifar(
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5[kind.meta["filename"]]})
 
 
-CLASSES_10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES_10 = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
 
 
 @pytest.fixture
@@ -288,7 +299,9 @@ def test_a_missing_data_set_shows_the_download_command(
     with pytest.raises(UserError) as caught:
         read(str(tmp_path / "none"))
     message = str(caught.value)
-    assert message.startswith(f"data.root = '{tmp_path}/none' holds no {name}; set data.root")
+    assert message.startswith(
+        f"data.root = '{tmp_path}/none' holds no complete {name}; set data.root"
+    )
     command = re.search(r'python -c "(.*)"$', message)
     assert command is not None
     compile(command[1], "command", "exec")

@@ -149,6 +149,9 @@ class Checkpoints:
             raise ValueError("not whole: a save was interrupted") from None
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise ValueError(f"{_MANIFEST}: not of format {_FORMAT}")
+        missing = {"step", "kept", "world_size", "files", "values"} - manifest.keys()
+        if missing:
+            raise ValueError(f"{_MANIFEST}: without {', '.join(sorted(missing))}")
         for name, digest in manifest["files"].items():
             if "/" in name or not target.exists(name):
                 raise ValueError(f"{name} is missing")

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
 
@@ -11,13 +12,13 @@ _PATTERN = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
 class Duration:
     """`amount` epochs (`ep`), optimizer steps (`it`) or percent of the whole training (`%`)."""
 
-    amount: float
+    amount: Fraction | float
     unit: str
 
     @classmethod
     def parse(cls, text: str) -> "Duration":
         """Reads `"90ep"`, `"2000it"`, `"5%"`, or `"init"` for step 0. Raises `ValueError`."""
-        if text == "init":
+        if text.strip() == "init":
             return cls(0, "it")
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
@@ -25,8 +26,8 @@ class Duration:
                 f"{text!r} is not a duration: write epochs as '90ep', steps as '2000it', a share "
                 "of the training as '5%', or 'init'"
             )
-        amount, unit = float(match[1]), match[2]
-        if unit == "it" and amount != int(amount):
+        amount, unit = Fraction(match[1]), match[2]
+        if unit == "it" and amount.denominator != 1:
             raise ValueError(f"{text!r} is not a duration: steps are whole")
         return cls(amount, unit)
 
@@ -35,13 +36,14 @@ class Duration:
         if self.unit == "it":
             return int(self.amount)
         if self.unit == "ep":
-            return math.floor(self.amount * steps_per_epoch + 0.5)
+            return math.floor(self.amount * steps_per_epoch + Fraction(1, 2))
         if total_steps is None:
             raise ValueError(f"'{self}' is a share of the training, and cannot define its length")
-        return math.floor(self.amount / 100 * total_steps + 0.5)
+        return math.floor(self.amount * total_steps / 100 + Fraction(1, 2))
 
     def __str__(self) -> str:
-        return f"{self.amount:g}{self.unit}"
+        whole = int(self.amount)
+        return f"{whole if whole == self.amount else float(self.amount)}{self.unit}"
 
 
 def check_durations(config: object, *names: str) -> None:

@@ -23,7 +23,8 @@ class Folder:
     """A folder, local or remote, made when something is written; `folder / "a/b"` is below it."""
 
     def __init__(self, url: str | Path) -> None:
-        self.url = str(url).rstrip("/")
+        text = str(url)
+        self.url = text if text.endswith("://") else text.rstrip("/") or "/"
         self._fs, self._path = (
             fsspec.core.url_to_fs(self.url, use_listings_cache=False)
             if ("://" in self.url)
@@ -65,7 +66,10 @@ class Folder:
 
     def read_json(self, name: str) -> Any:
         """The JSON document in a file. Raises `FileNotFoundError` or `ValueError`."""
-        return json.loads(self.read(name))
+        try:
+            return json.loads(self.read(name))
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file so that a reader sees all of it or none, also after a crash.

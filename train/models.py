@@ -61,12 +61,12 @@ class ModelSpec:
     def build(self, seed: int = 0) -> nn.Module:
         """The network with random weights drawn on the CPU from `seed`: equal on every rank.
 
-        The global torch generator is left as it was. Raises `UserError` where the network does
+        torch's generators are left as they were. Raises `UserError` where the network does
         not take its arguments.
         """
         arguments = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.arguments}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # and no generator of a GPU
             try:
                 network = cifar.find_network(self.name)
                 model = (

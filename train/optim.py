@@ -1,11 +1,13 @@
 """Optimizers through timm's factory, and their state by parameter name."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -13,6 +15,7 @@ from data.errors import did_you_mean
 from train.schedule import Schedule
 
 NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NOT_HERE = ["bnb*", "fused*", "adahessian"]  # other packages, or a second backward pass
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,15 @@ class OptimizerConfig:
     """weight decay on normalisations and biases too, as in the papers' recipes"""
 
     def __post_init__(self) -> None:
-        known = [str(name) for name in list_optimizers()]
+        known = [str(name) for name in list_optimizers(exclude_filters=_NOT_HERE)]
         if self.name not in known:
             near = did_you_mean(self.name, known)
             raise ValueError(f"name = {self.name!r} is no timm optimizer{near}")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr = {self.lr}: must be above 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum = {self.momentum}: must be at least 0 and below 1")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay = {self.weight_decay}: must not be negative")
 
 
@@ -45,10 +48,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """A fresh optimizer over the trainable parameters of `model`, grouped by module type."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()  # a weight that two modules share is one parameter
     for module in model.modules():
         normalises = isinstance(module, NORMALISATIONS) or "Norm" in type(module).__name__
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
                 spared = not config.decay_norm_and_bias and (normalises or name == "bias")
                 (plain if spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
@@ -86,19 +91,34 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Puts back what `optimizer_state` gave."""
+    """Puts back what `optimizer_state` gave; later steps leave `saved` as it is.
+
+    Raises `ValueError` where it belongs to other parameters or groups.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     index = {parameter: number for number, parameter in enumerate(_parameters(optimizer))}
+    unknown = saved["state"].keys() - {names[parameter] for parameter in index}
+    if unknown or len(saved["groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"optimizer state of another model: {', '.join(sorted(unknown)[:3])}")
     groups = [
         {**values, "params": [index[p] for p in group["params"]]}
         for group, values in zip(optimizer.param_groups, saved["groups"], strict=True)
     ]
     state = {
-        number: saved["state"][names[p]]
+        number: {k: _own(v, p) for k, v in saved["state"][names[p]].items()}
         for p, number in index.items()
         if names[p] in saved["state"]
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _own(value: Any, parameter: nn.Parameter) -> Any:
+    """A copy, in the memory layout of the parameter where it has its shape."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape != parameter.shape:
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -96,7 +96,7 @@ def write_tensors(tensors: dict[str, Tensor], url: str, *, is_local: bool, alone
     if is_local:
         writer: dcp.StorageWriter = dcp.FileSystemWriter(url, overwrite=False)
     else:
-        writer = FsspecWriter(url, overwrite=False, use_listings_cache=False)
+        writer = FsspecWriter(url, overwrite=False, sync_files=False, use_listings_cache=False)
     try:
         with _without_warning():
             dcp.save(tensors, storage_writer=writer, no_dist=alone)

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from train.duration import Duration, check_durations
 
+Name = Literal["constant", "step", "cosine", "linear"]
 Schedule = Callable[[int], float]
 """step -> factor on the base learning rate"""
 
@@ -15,7 +16,7 @@ Schedule = Callable[[int], float]
 class ScheduleConfig:
     """How the learning rate changes over the training."""
 
-    name: Literal["constant", "step", "cosine", "linear"] = "step"
+    name: Name = "step"
     milestones: tuple[str, ...] = ()
     """step: where the rate is multiplied by `gamma`"""
     gamma: float = 0.1
@@ -27,6 +28,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_durations(self, "milestones", "warmup")
+        if self.name not in get_args(Name):
+            raise ValueError(f"name = {self.name!r}: must be one of {', '.join(get_args(Name))}")
         if self.milestones and self.name != "step":
             raise ValueError(f"milestones = {self.milestones}: only the 'step' schedule has them")
         for name in ("gamma", "final"):

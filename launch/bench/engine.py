@@ -32,7 +32,7 @@ def bench_engine(*, as_json: bool) -> None:
     """CPU: ResNet-18 at 64 px, batch 32, fp32. CUDA: ResNet-50 at 224 px, channels_last, bf16.
 
     Both loops see the same images on the device, the same model and the same optimizer; `fit`
-    also draws its batches by `SampleOrder`, enforces a (full) mask, logs, and polls for signals.
+    also draws its batches by `SampleOrder`, holds a dense ticket's masks, logs, polls for signals.
     """
     cuda = torch.cuda.is_available()
     name, size, batch_size, steps = ("resnet50", 224, 256, 30) if cuda else ("resnet18", 64, 32, 8)

@@ -1,0 +1,162 @@
+"""Checkpoints: whole or nothing, no foreign code, what is kept stays."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import RunError
+from train.checkpoint import Checkpoints
+from train.engine import Engine
+from train.files import Folder
+from train.safe_dcp import read_tensors
+
+STATE: dict[str, Any] = {
+    "model": {"a.weight": torch.arange(6.0).view(2, 3), "a.count": torch.tensor(7)},
+    "optimizer": {"state": {}, "groups": [{"lr": 0.1, "betas": [0.9, 0.95], "foreach": None}]},
+    "mask": torch.tensor([True, False, True]),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+    "empty": torch.zeros(0, 4),
+    "ranks": {"0": {"rng": torch.arange(4, dtype=torch.uint8)}},
+    "progress": {"step": 3, "exact": 0.1 + 0.2},
+}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(Folder(tmp_path), Engine(), keep=2)
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return bool(left == right)
+
+
+def test_a_state_comes_back_as_it_was(checkpoints: Checkpoints) -> None:
+    """Tensors of any type and size, nested values, empty dicts, `None`, floats to the last bit."""
+    checkpoints.save(3, STATE)
+    assert checkpoints.latest() == 3
+    assert same(checkpoints.load(3), STATE)
+
+
+def test_a_state_on_an_object_store_comes_back_as_it_was() -> None:
+    """The same through fsspec; `memory://` stands for any store without renames."""
+    checkpoints = Checkpoints(Folder("memory://bucket/run"), Engine(), keep=1)
+    for step in (3, 6):
+        checkpoints.save(step, STATE)
+    assert checkpoints.latest() == 6
+    assert same(checkpoints.load(6), STATE)
+    assert checkpoints.folder.names() == ["step-00000006"]
+
+
+def test_rolling_deletion_never_touches_a_kept_one(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Of five saves the last two and the kept one are there."""
+    for step in range(1, 6):
+        checkpoints.save(step, STATE, kept=step == 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_what_an_interrupted_save_left_does_not_push_out_a_whole_one(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Half a checkpoint is removed, and does not count among those that are kept."""
+    checkpoints.save(1, STATE)
+    checkpoints.save(2, STATE)
+    (tmp_path / "step-00000002/manifest.json").unlink()
+    assert checkpoints.latest() == 1
+    checkpoints.save(3, STATE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_saving_a_step_again_keeps_the_valid_checkpoint(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """It is not written over, not for a moment; a damaged one is replaced."""
+    checkpoints.save(1, STATE)
+    shard = tmp_path / "step-00000001/__0_0.distcp"
+    before = shard.stat().st_mtime_ns
+    checkpoints.save(1, STATE)
+    assert shard.stat().st_mtime_ns == before
+    shard.write_bytes(b"damaged")
+    checkpoints.save(1, STATE)
+    assert same(checkpoints.load(1), STATE)
+
+
+def test_any_flipped_byte_is_found(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """In a shard, in the metadata: never loaded, and the file is named."""
+    checkpoints.save(1, STATE)
+    for name in ("__0_0.distcp", ".metadata"):
+        path = tmp_path / "step-00000001" / name
+        content = path.read_bytes()
+        for position in range(0, len(content), max(1, len(content) // 40)):
+            damaged = bytearray(content)
+            damaged[position] ^= 16
+            path.write_bytes(damaged)
+            assert checkpoints.latest() is None
+            with pytest.raises(RunError, match=f"damaged checkpoint: {name}"):
+                checkpoints.load(1)
+        path.write_bytes(content)
+    assert checkpoints.latest() == 1
+
+
+@pytest.mark.parametrize(
+    "manifest", [b"", b"{", b"[]", b"null", b'{"format": 2}', b'{"format": 1}', b"\xff\xfe"]
+)
+def test_a_damaged_manifest_is_no_manifest(
+    manifest: bytes, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Torn, of another format, or not JSON at all: the checkpoint before it is taken."""
+    checkpoints.save(1, STATE)
+    checkpoints.save(2, STATE)
+    (tmp_path / "step-00000002/manifest.json").write_bytes(manifest)
+    assert checkpoints.latest() == 1
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch exploded",)
+
+
+def test_a_pickle_bomb_does_not_explode(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata that names anything but tensor descriptions is refused before it runs."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save(1, STATE)
+    folder = tmp_path / "step-00000001"
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"refused (posix|nt|os)\.system"):
+        read_tensors(str(folder), is_local=True)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    """DCP would unpickle it."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"a": torch.ones(2), "b": "text"}, checkpoint_id=tmp_path / "x", no_dist=True)
+    with pytest.raises(ValueError, match=r"b is not a tensor|refused"):
+        read_tensors(str(tmp_path / "x"), is_local=True)
+
+
+def test_a_file_outside_of_the_checkpoint_is_refused(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """A path in the metadata stays inside the folder."""
+    checkpoints.save(1, STATE)
+    path = tmp_path / "step-00000001/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="file outside of the checkpoint"):
+        read_tensors(str(path.parent), is_local=True)

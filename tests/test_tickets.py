@@ -1,0 +1,203 @@
+"""Tickets: what is written comes back, by its digests, and nothing damaged is ever loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import RunError, UserError
+from pruning.allocate import keep_top
+from pruning.masks import Masks
+from pruning.scores import magnitude
+from pruning.tickets import (
+    Ticket,
+    TicketFolder,
+    read_masks,
+    read_weights,
+    software_versions,
+    write_masks,
+    write_weights,
+)
+from train.files import Folder
+from train.models import ModelSpec
+
+SPEC = ModelSpec("cifar_resnet8", 10, 1, {"width": 4})
+
+
+def make_ticket(run: Path, **changes: Any) -> Ticket:
+    model = SPEC.build(seed=1)
+    objects = Folder(run) / "tickets"
+    values: dict[str, Any] = {
+        "method": "imp",
+        "level": 2,
+        "masks": keep_top(magnitude(model), 0.25),
+        "model": SPEC,
+        "step": 20,
+        "weights_digest": write_weights(objects, model.state_dict()),
+        "parent": "ab" * 32,
+        "metrics": {"test": {"accuracy": 0.5, "top5": 0.9, "loss": 1.25}},
+        "timing": {"images_per_second": 10.0},
+        "versions": software_versions(),
+        "stage": "imp",
+        "name": "level-02",
+        "objects": objects,
+        **changes,
+    }
+    return Ticket(density=values["masks"].density, **values)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with one ticket."""
+    TicketFolder(Folder(tmp_path)).write(make_ticket(tmp_path))
+    return tmp_path
+
+
+def test_a_ticket_comes_back_as_it_was(run: Path) -> None:
+    """Masks, lineage, metrics and id, from the level's folder or the file itself."""
+    written = make_ticket(run)
+    for url in (run / "imp/level-02", str(run / "imp/level-02/ticket.json")):
+        read = Ticket.load(url)
+        assert read.summary() == written.summary()
+        assert read.id == written.id
+        assert all(torch.equal(read.masks[name], mask) for name, mask in written.masks.items())
+
+
+def test_build_model_gives_the_masked_network_at_step_k(run: Path) -> None:
+    """W_k where the mask is true, zero where it is not, buffers included."""
+    ticket = Ticket.load(run / "imp/level-02")
+    model, at_k = ticket.build_model(), SPEC.build(seed=1)
+    ticket.masks.project_(at_k)
+    assert model.state_dict().keys() == at_k.state_dict().keys()
+    assert all(torch.equal(v, at_k.state_dict()[k]) for k, v in model.state_dict().items())
+    kept = sum(int(dict(model.named_parameters())[n].count_nonzero()) for n in ticket.masks)
+    assert kept == ticket.masks.kept
+
+
+def test_the_id_is_that_of_the_content(run: Path) -> None:
+    """Another mask, parent, step, level, method or weights: another id; other metrics: the same."""
+    ticket = make_ticket(run)
+    names = list(ticket.masks)
+    changed = Masks({**ticket.masks, names[0]: ~ticket.masks[names[0]]})
+    different: list[dict[str, Any]] = [
+        {"masks": changed},
+        {"parent": None},
+        {"step": 21},
+        {"level": 3},
+        {"method": "random"},
+        {"weights_digest": None},
+        {"model": ModelSpec("cifar_resnet8", 11, 1, {"width": 4})},
+    ]
+    ids = {make_ticket(run, **change).id for change in different} | {ticket.id}
+    assert len(ids) == 8
+    assert make_ticket(run, metrics={}, timing={"images_per_second": 0.0}).id == ticket.id
+
+
+def test_equal_masks_and_weights_are_stored_once(run: Path) -> None:
+    """Two tickets of the same masks and W_k share both objects."""
+    TicketFolder(Folder(run)).write(make_ticket(run, level=3, name="level-03"))
+    assert len(list((run / "tickets").iterdir())) == 2
+    assert len(TicketFolder(Folder(run)).all()) == 2
+
+
+def test_a_ticket_without_rewind_weights_says_so(run: Path) -> None:
+    """Learning-rate rewinding gives no W_k: one line."""
+    ticket = make_ticket(run, weights_digest=None, name="level-04")
+    TicketFolder(Folder(run)).write(ticket)
+    with pytest.raises(UserError, match="has no weights to start from: it was found by learning"):
+        Ticket.load(run / "imp/level-04").build_model()
+
+
+def test_no_ticket_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no ticket here \(a ticket is a folder with ticket.json"):
+        Ticket.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["masks.safetensors", "weights.safetensors"])
+def test_no_damaged_object_is_loaded(name: str, run: Path) -> None:
+    """Every 97th byte flipped, cut short at several places, empty, missing: always refused."""
+    (path,) = run.glob(f"tickets/*/{name}")
+    content = path.read_bytes()
+    damaged = [content[:cut] for cut in (0, 4, 9, 100, len(content) - 1)]
+    for position in range(0, len(content), 97):
+        flipped = bytearray(content)
+        flipped[position] ^= 4
+        damaged.append(bytes(flipped))
+
+    def load() -> None:
+        ticket = Ticket.load(run / "imp/level-02")
+        ticket.weights()
+
+    load()
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=name):
+            load()
+    path.unlink()
+    with pytest.raises(RunError, match="missing"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", 99),
+        ("masks", "../../../../etc/passwd"),
+        ("masks", "0" * 64),
+        ("weights", "0" * 64),
+        ("parent", "cd" * 32),
+        ("level", 7),
+        ("id", "ef" * 32),
+        ("model", {"name": "cifar_resnet8"}),
+        ("model", 3),
+    ],
+)
+def test_a_changed_ticket_is_refused(key: str, value: Any, run: Path) -> None:
+    """ticket.json that does not hash to its id, or points elsewhere: one line that names it."""
+    path = run / "imp/level-02/ticket.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(RunError, match=r"damaged|missing|is no digest"):
+        Ticket.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 5000])
+def test_a_torn_ticket_is_refused(content: bytes, run: Path) -> None:
+    path = run / "imp/level-02/ticket.json"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"ticket\.json: damaged"):
+        Ticket.load(path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=0, max_size=3), min_size=1, max_size=4), st.data()
+)
+def test_any_masks_come_back(shapes: list[list[int]], data: st.DataObject) -> None:
+    """Of any shape, empty and scalar ones included."""
+    masks = {}
+    for index, shape in enumerate(shapes):
+        size = int(torch.tensor(shape).prod()) if shape else 1
+        bits = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
+        masks[f"layer{index}.weight"] = torch.tensor(bits, dtype=torch.bool).view(shape)
+    folder = Folder("memory://tickets")
+    digest = write_masks(folder, Masks(masks))
+    read = read_masks(folder, digest)
+    assert list(read) == list(masks)
+    assert all(torch.equal(read[name], mask) for name, mask in masks.items())
+
+
+def test_weights_of_any_type_come_back(tmp_path: Path) -> None:
+    """Floats of all widths, integers, scalars, transposed storage."""
+    weights = {
+        "a": torch.randn(3, 4).t(),
+        "b": torch.randn(2).bfloat16(),
+        "c": torch.tensor(5),
+        "d": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
+    folder = Folder(tmp_path)
+    read = read_weights(folder, write_weights(folder, weights))
+    assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in weights.items())
