@@ -166,7 +166,7 @@ def _split_stage_key(given: Given, staged: dict[str, list[Given]]) -> tuple[str,
 
 
 def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -> Stage:
-    recipe = next((g.words[0] for g in given if g.key == "recipe"), None)
+    recipe = next((g.words[0] for g in given if g.key == "recipe" and g.origin == path), None)
     if recipe not in RECIPES:
         near = did_you_mean(str(recipe), RECIPES)
         raise UserError(
@@ -176,7 +176,7 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     kind = RECIPES[recipe].config
     shared_keys = [key for key in _keys(Settings) if key not in _FILE_ONLY]
     own_keys = _keys(kind)
-    options = [g for g in given if g.key not in ("name", "recipe")]
+    options = [g for g in given if g.origin == COMMAND_LINE or g.key not in ("name", "recipe")]
     _check_keys(options, [*own_keys, *shared_keys], f"stages.{name}.")
     own = [g for g in options if g.key in shared_keys]
     config = _parse(kind, [g for g in options if g.key in own_keys], f"stages.{name}.")

@@ -25,11 +25,15 @@ def parse(kind: Any, words: Sequence[str], **options: Any) -> Any:
 
 
 def _one_line(framed: str) -> str:
-    """The text of tyro's first frame, without the rule and the advice below it."""
+    """The text of tyro's first frame, drawn or in ASCII, without the advice at its end."""
     lines: list[str] = []
     for line in framed.splitlines()[1:]:
-        text = line.strip("│ ")
-        if not set(text) - set("─╰╯╭╮") or text.startswith("For full helptext"):
+        text = line.strip("│| ")
+        is_rule = not set(text) - set("─-╰╯╭╮+")
+        if is_rule and not lines:
+            continue
+        if text.startswith(("For full helptext", "Argument helptext", "Perhaps you meant")):
             break
-        lines.append(text)
-    return " ".join(lines)
+        if not is_rule:
+            lines.append(text)
+    return " ".join(lines).replace(" Available subcommands", "; available subcommands")

@@ -14,9 +14,10 @@ from train.files import Folder
 
 def find_run(run: str, root: str) -> Folder:
     """A run by path, URL, or name under `root`. Raises `UserError` if there is none."""
-    for folder in (Folder(run), Folder(root) / run):
-        if folder.exists("config.toml"):
-            return folder
+    if Folder(run).exists("config.toml"):
+        return Folder(run)
+    if "://" not in run and (Folder(root) / run).exists("config.toml"):
+        return Folder(root) / run
     near = did_you_mean(run, Folder(root).names())
     raise UserError(f"{run}: no run of that path, and none of that name under {root}{near}")
 
@@ -28,11 +29,12 @@ def list_tickets(run: str, *, root: str, as_json: bool) -> None:
         print(json.dumps([ticket.summary() for ticket in tickets], indent=1))
         return
     table = Table("name", "id", "parent", "density", "kept", "test accuracy")
+    table.columns[0].no_wrap = True
     for ticket in tickets:
         table.add_row(
             f"{ticket.stage}/{ticket.name}",
-            ticket.id[:12],
-            (ticket.parent or "-")[:12],
+            ticket.id[:8],
+            (ticket.parent or "-")[:8],
             f"{ticket.density:.2%}",
             f"{ticket.masks.kept:,}",
             f"{accuracy(ticket):.4f}",

@@ -1,0 +1,167 @@
+"""Configuration files and their mistakes: one line that names the file, the key and the remedy."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from tiny import TOML, write_config
+
+from data.errors import UserError
+from launch.config import flat, read_config
+from pruning.imp import ImpConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "launch/configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    """... is named like its file, and begins with its command."""
+    config = read_config(str(path))
+    assert config.settings.name == path.stem
+    assert f"launch/configs/{path.name}" in path.read_text().split("\nname = ")[0]
+
+
+def test_the_imagenet_configuration_is_the_papers_recipe() -> None:
+    """Batch 1024, lr 0.4, wd 1e-4, 5 epochs of warm-up, a tenth at 30, 60 and 80 of 90 epochs."""
+    config = read_config(str(CONFIGS[-1].parent / "imagenet-resnet50-imp.toml"))
+    settings, stage = config.settings, config.stages[0]
+    assert (settings.data.batch_size, settings.optimizer.lr) == (1024, 0.4)
+    assert (settings.optimizer.name, settings.optimizer.weight_decay) == ("momentum", 1e-4)
+    assert settings.schedule.milestones == ("30ep", "60ep", "80ep")
+    assert settings.schedule.warmup == "5ep"
+    assert (stage.config.prune_fraction, stage.config.rewind) == (0.2, "5ep")
+    assert (1 - stage.config.prune_fraction) ** stage.config.num_rounds == pytest.approx(0.262144)
+
+
+def test_the_last_word_wins(tmp_path: Path) -> None:
+    """File, then command line, in any of its spellings."""
+    words = ["--train.total", "4ep", "--train.total=7ep", "--optimizer.weight-decay", "0"]
+    words += ["--stages.imp.controls", "reinit", "random", "--data.augment", "false"]
+    words += ["--stages.imp.density", "0.1", "--model.width", "None", "--name", "other"]
+    config = read_config(write_config(tmp_path), words)
+    assert config.settings.train.total == "7ep"
+    assert config.settings.optimizer.weight_decay == 0.0
+    assert config.settings.data.augment is False
+    assert config.settings.model.width is None
+    assert config.settings.name == "other"
+    assert config.stages[0].config.controls == ("reinit", "random")
+    assert config.stages[0].config.density == 0.1
+
+
+def test_a_stage_may_have_its_own_settings(tmp_path: Path) -> None:
+    """A shared section in a stage's table is that stage's alone."""
+    text = TOML + '\n[[stages]]\nname = "longer"\nrecipe = "imp"\ntrain.total = "9ep"\n'
+    config = read_config(write_config(tmp_path, text), ["--stages.longer.optimizer.lr", "0.5"])
+    first, second = config.stages
+    assert (first.settings.train.total, second.settings.train.total) == ("3ep", "9ep")
+    assert (first.settings.optimizer.lr, second.settings.optimizer.lr) == (0.1, 0.5)
+    assert second.settings.train.evaluate == "13it"
+    assert config.settings.train.total == "3ep"
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    """config.toml of a run folder is a configuration like any other."""
+    text = TOML + '\n[[stages]]\nname = "longer"\nrecipe = "imp"\ntrain.total = "9ep"\n'
+    config = read_config(write_config(tmp_path, text), ["--seed", "8"])
+    written = tmp_path / "config.toml"
+    written.write_text(tomli_w.dumps(config.document()))
+    assert read_config(str(written)) == config
+    assert flat(tomllib.loads(written.read_text()))["stages.longer.train.total"] == "9ep"
+
+
+def test_a_file_without_a_name_is_named_by_its_file(tmp_path: Path) -> None:
+    path = write_config(tmp_path, TOML.replace('name = "tiny"', "", 1))
+    assert read_config(path).settings.name == "tiny"
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (
+        ["--train.totl", "4ep"],
+        "command line: unknown key 'train.totl'; did you mean 'train.total'?",
+    ),
+    (["--stages.imp.round", "4"], "unknown key 'stages.imp.round'; did you mean 'rounds'?"),
+    (["--stages.im.rounds", "4"], "no stage named 'im'; did you mean 'imp'? (stages: imp)"),
+    (["--batch_size", "4"], "unknown key 'batch_size'; did you mean 'data.batch_size'?"),
+    (
+        ["--data.batch_size", "many"],
+        "command line: data.batch_size = 'many': invalid literal for int",
+    ),
+    (["--data.batch_size"], "data.batch_size"),
+    (["--data.batch_size", "0"], "command line: data.batch_size = '0': must be at least 1"),
+    (["--data.source", "cifar11"], "is not known; did you mean 'cifar10'? (known: digits, cifar10"),
+    (["--train.total", "ten"], "command line: train.total = 'ten': is not a duration"),
+    (["--train.total", "5%"], "train.total = '5%': must be in epochs (90ep) or steps (2000it)"),
+    (["--train.precision", "fp8"], "train.precision = 'fp8': invalid choice 'fp8'"),
+    (["--optimizer.lr", "-1"], "optimizer.lr = '-1': must be above 0"),
+    (["--optimizer.name", "sdg"], "is no timm optimizer; did you mean"),
+    (["--schedule.name", "cosin"], "schedule.name = 'cosin': invalid choice"),
+    (
+        ["--model.name", "resnt50"],
+        "is no timm model and no CIFAR network; did you mean 'resnet50'?",
+    ),
+    (["--model.name", "resnet18", "--model.width", "8"], "width is no option of resnet18"),
+    (["--stages.imp.density", "1.5"], "stages.imp.density = '1.5': must be above 0 and at most 1"),
+    (["--stages.imp.density", "0"], "stages.imp.density = '0': must be above 0 and at most 1"),
+    (["--stages.imp.prune_fraction", "1"], "prune_fraction = '1': must be between 0 and 1"),
+    (["--stages.imp.mode", "rewind"], "stages.imp.mode = 'rewind': invalid choice 'rewind'"),
+    (["--stages.imp.rewind", "5"], "stages.imp.rewind = '5': is not a duration"),
+    (["--stages.imp.controls", "shuffle"], "stages.imp.controls = 'shuffle': invalid choice"),
+    (["--stages.imp.control_levels", "3"], "levels go from 1 to 2"),
+    (["--stages.imp.name", "x"], "unknown key 'stages.imp.name'"),
+    (["--name", "a/b"], "name = 'a/b': must be a plain folder name"),
+    (["--seed", "-1"], "seed = '-1': must not be negative"),
+    (["total", "4ep"], "'total': write options as --section.key value"),
+    (["--checkpoint.every", "x"], "checkpoint.every = 'x': is not a duration"),
+    (["--log.trackers", "mlflow"], "log.trackers = 'mlflow': invalid choice"),
+    (["--train.ema", "2"], "train.ema = '2': must be between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_on_the_command_line_is_one_line(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(write_config(tmp_path), words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed = 3", "sed = 3", "unknown key 'sed'; did you mean 'seed'?"),
+        ('total = "3ep"', "total = 3", "train.total = '3': is not a duration"),
+        ("batch_size = 96", 'batch_size = "big"', "data.batch_size = 'big': invalid literal"),
+        ("prune_fraction = 0.4", "prune_fracton = 0.4", "did you mean 'prune_fraction'?"),
+        ('recipe = "imp"', 'recipe = "ipm"', "recipe = 'ipm' is not known; did you mean 'imp'?"),
+        ('recipe = "imp"', "", "recipe = None is not known"),
+        ('\nname = "imp"', "", "stage 1 needs a name"),
+        ('\nname = "imp"', '\nname = "a b"', "stage 1 needs a name"),
+        ("[[stages]]", "[[stage]]", "has no [[stages]]"),
+        ("seed = 3", "seed = ", "not a TOML file"),
+        ("rounds = 2", "rounds = 2.5", "stages.imp.rounds = '2.5': invalid literal"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, TOML.replace(old, new, 1))
+    with pytest.raises(UserError) as caught:
+        read_config(path)
+    assert str(caught.value).startswith(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_near_one(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with pytest.raises(UserError, match=r"tinny.toml: no such .* file; did you mean 'tiny.toml'"):
+        read_config(str(tmp_path / "tinny.toml"))
+
+
+def test_every_option_of_imp_has_a_valid_default() -> None:
+    config: Any = ImpConfig()
+    assert config.num_rounds == 12
