@@ -15,6 +15,9 @@ class RunError(Exception):
 class Interrupted(Exception):
     """SIGTERM or SIGUSR1 came, and the state is saved. Exit code 75 (EX_TEMPFAIL)."""
 
+    met_by_all = True
+    """all ranks stop together: one of them says so"""
+
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """`; did you mean 'near'?` for the nearest of `known`, or an empty string."""

@@ -225,3 +225,24 @@ def test_sync_batchnorm_on_the_cpu_is_refused() -> None:
     """torch has it on CUDA only: one line instead of an error in the first forward pass."""
     with pytest.raises(UserError, match=r"train\.sync_batchnorm = true needs CUDA"):
         Engine(sync_batchnorm=True)
+
+
+def test_minutes_since_the_last_save_ask_for_the_next() -> None:
+    """Rank 0's clock decides; a save starts it anew."""
+    eager = Signals(world_size=1, is_main=True, save_minutes=1e-9)
+    assert eager.poll().save
+    assert not Signals(world_size=1, is_main=False, save_minutes=1e-9).poll().save
+    patient = Signals(world_size=1, is_main=True, save_minutes=1e9)
+    patient.saved()
+    assert not patient.poll().save
+
+
+def test_signal_handlers_are_put_back() -> None:
+    """A program that calls a run is not left with its handlers."""
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals(world_size=1, is_main=True, save_minutes=1.0) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.poll().stop
+    assert signal.getsignal(signal.SIGTERM) is before
