@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from torch import Tensor
-
 from data.errors import RunError, UserError
 from pruning.allocate import Scope, keep_count, prune_fraction, shuffle_layers
 from pruning.fixed import FixedMasks
@@ -96,8 +94,28 @@ def run_imp(session: Session, stage: str, config: ImpConfig) -> list[Ticket]:
     return _Imp(session, stage, config).run()
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """One training of the comparison: a level's ticket, or a control beside it."""
+
+    method: Literal["imp"] | Control
+    level: int
+    parent: Ticket | None
+    masks: Callable[[], Masks]
+    start: Callable[[], Start]
+    first_step: int
+
+    @property
+    def name(self) -> str:
+        return f"level-{self.level:02d}" + ("" if self.method == "imp" else f"-{self.method}")
+
+    @property
+    def is_pruned_ticket(self) -> bool:
+        return self.method == "imp" and self.level > 0
+
+
 class _Imp:
-    """The program: each level is `_ticket`, which returns at once if it is finished."""
+    """The program: each arm is `_ticket`, which returns at once if it is finished."""
 
     def __init__(self, session: Session, stage: str, config: ImpConfig) -> None:
         self.session, self.stage, self.config = session, stage, config
@@ -130,27 +148,18 @@ class _Imp:
         num_short = sum(1 + len(self.config.controls_at(level)) for level in levels)
         return self.stop + num_short * (self.stop - self.start_step)
 
-    # The phases --------------------------------------------------------------------------
+    # The arms ----------------------------------------------------------------------------
 
     def _dense(self) -> Ticket:
         return self._ticket(
-            "imp",
-            0,
-            parent=None,
-            masks=lambda: self.everything,
-            start=lambda: Start(self._initial),
-            first_step=0,
+            _Arm("imp", 0, None, lambda: self.everything, lambda: Start(self._initial), 0)
         )
 
     def _level(self, level: int, parent: Ticket) -> Ticket:
-        return self._ticket(
-            "imp",
-            level,
-            parent=parent,
-            masks=lambda: self._pruned(parent),
-            start=self._rewound if self.config.mode == "weights" else lambda: self._final(parent),
-            first_step=self.start_step,
-        )
+        rewinds = self.config.mode == "weights"
+        start = self._rewound if rewinds else lambda: self._final(parent)
+        pruned = lambda: self._pruned(parent)  # noqa: E731
+        return self._ticket(_Arm("imp", level, parent, pruned, start, self.start_step))
 
     def _control(self, control: Control, ticket: Ticket) -> Ticket:
         seed = self.session.seed("imp", control, ticket.level)
@@ -160,71 +169,60 @@ class _Imp:
             "oneshot": lambda: self._oneshot(ticket.masks.kept),
         }
         fresh = lambda: Start(self.session.model_spec.build(seed).state_dict())  # noqa: E731
+        start = fresh if control == "reinit" else self._rewound
         return self._ticket(
-            control,
-            ticket.level,
-            parent=ticket,
-            masks=masks[control],
-            start=fresh if control == "reinit" else self._rewound,
-            first_step=self.start_step,
+            _Arm(control, ticket.level, ticket, masks[control], start, self.start_step)
         )
 
-    def _ticket(
-        self,
-        method: Literal["imp"] | Control,
-        level: int,
-        *,
-        parent: Ticket | None,
-        masks: Callable[[], Masks],
-        start: Callable[[], Start],
-        first_step: int,
-    ) -> Ticket:
+    def _ticket(self, arm: _Arm) -> Ticket:
         """The finished ticket, or else: its masks, its training, its files."""
         session, engine = self.session, self.session.engine
-        name = f"level-{level:02d}" + ("" if method == "imp" else f"-{method}")
-        finished = engine.on_main(lambda: self.tickets.find(self.stage, name))
+        finished = engine.on_main(lambda: self.tickets.find(self.stage, arm.name))
         if finished is not None:
-            session.display.skip(self.stop - first_step)
+            session.display.skip(self.stop - arm.first_step)
             return finished
-        chosen, begin = masks(), start()
-        engine.require_same(chosen.digest(), f"the masks of {self.stage}/{name}")
-        on_device = chosen.to(engine.device)
-        finetunes = method == "imp" and level > 0 and self.config.mode == "finetune"
-        phase = Phase(
-            self.stage,
-            name,
-            start=first_step,
-            stop=self.stop,
-            schedule=constant(session.schedule(self.stop - 1)) if finetunes else session.schedule,
-            seed_labels=("imp", "order", 0 if self.config.same_order else level),
-            keep=frozenset({self.start_step}) if level == 0 else frozenset(),
-        )
+        masks, start = arm.masks(), arm.start()
+        engine.require_same(masks.digest(), f"the masks of {self.stage}/{arm.name}")
+        on_device = masks.to(engine.device)
         outcome = session.train(
-            phase,
+            self._phase(arm),
             self.network,
-            begin,
+            start,
             lambda model, optimizer: FixedMasks(on_device, model, optimizer),
         )
         ticket = Ticket(
-            method=method,
-            level=level,
-            density=chosen.density,
-            masks=chosen,
+            method=arm.method,
+            level=arm.level,
+            density=masks.density,
+            masks=masks,
             model=session.model_spec,
             step=self.start_step,
-            weights_digest=self._store_weights(method, level, begin),
-            parent=None if parent is None else parent.id,
+            weights_digest=self._store_weights(arm, start),
+            parent=None if arm.parent is None else arm.parent.id,
             config={"imp": asdict(self.config), "settings": asdict(session.settings)},
             metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
             timing={"images_per_second": outcome.images_per_second},
             versions=software_versions(),
             stage=self.stage,
-            name=name,
+            name=arm.name,
             objects=self.tickets.objects,
         )
         engine.on_main(lambda: self.tickets.write(ticket))
         session.display.say(_line(ticket))
         return ticket
+
+    def _phase(self, arm: _Arm) -> Phase:
+        schedule = self.session.schedule
+        finetunes = arm.is_pruned_ticket and self.config.mode == "finetune"
+        return Phase(
+            self.stage,
+            arm.name,
+            start=arm.first_step,
+            stop=self.stop,
+            schedule=constant(schedule(self.stop - 1)) if finetunes else schedule,
+            seed_labels=("imp", "order", 0 if self.config.same_order else arm.level),
+            keep=frozenset({self.start_step}) if arm.level == 0 else frozenset(),
+        )
 
     # Masks and weights -------------------------------------------------------------------
 
@@ -263,10 +261,11 @@ class _Imp:
     def _checkpoint(self, name: str, step: int) -> dict[str, Any]:
         return self.session.checkpoints(f"{self.stage}/{name}").load(step)
 
-    def _store_weights(self, method: str, level: int, begin: Start) -> str | None:
-        if method == "imp" and level > 0 and self.config.mode != "weights":
+    def _store_weights(self, arm: _Arm, start: Start) -> str | None:
+        """The digest of the state at k that the arm starts from; `None` if it was not rewound."""
+        if arm.is_pruned_ticket and self.config.mode != "weights":
             return None
-        weights: dict[str, Tensor] = self._rewound().weights if level == 0 else begin.weights
+        weights = self._rewound().weights if arm.level == 0 else start.weights
         digest: str = self.session.engine.on_main(
             lambda: write_weights(self.tickets.objects, weights)
         )

@@ -53,6 +53,7 @@ class Engine:
         # Autocast and the scaler are ours: a stage may choose another precision than the last.
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=handlers)
         self.device = self.accelerator.device
+        torch.backends.cudnn.benchmark = True  # shapes repeat; the first steps choose kernels
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main = self.rank == 0

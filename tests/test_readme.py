@@ -1,0 +1,44 @@
+"""What the README says can be typed: its commands, files and options exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.config import read_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+def test_the_first_screen_holds_the_two_commands() -> None:
+    """One installs and runs the main job, one installs and passes the tests."""
+    assert COMMANDS[:2] == [
+        "pip install -e . && tombola run launch/configs/digits-imp.toml",
+        'pip install -e ".[test]" && pytest',
+    ]
+    assert README.index(COMMANDS[1]) < 1200
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if ".toml" in c])
+def test_a_command_of_the_readme_is_a_valid_run(command: str) -> None:
+    """Its file exists, and its options are known."""
+    words = re.split(r"\brun\s+", command, maxsplit=1)[1].split()
+    assert read_config(str(ROOT / words[0]), words[1:]).stages
+
+
+def test_every_shipped_configuration_is_in_the_readme() -> None:
+    for path in (ROOT / "launch/configs").glob("*.toml"):
+        assert f"`{path.name}`" in README
+
+
+def test_links_point_to_files() -> None:
+    """... in the README and in docs/."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
