@@ -14,7 +14,8 @@ from data.loader import Batch, MemoryEvaluationSet, MemoryLoader
 from train.checkpoint import Checkpoints
 from train.engine import Engine
 from train.files import Folder
-from train.loop import Instruments, Plan, fit
+from train.instruments import Instruments
+from train.loop import Plan, fit
 from train.metrics import LogConfig, Recorder
 from train.models import ModelSpec
 from train.objective import Objective

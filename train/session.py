@@ -21,7 +21,8 @@ from train.duration import Duration
 from train.engine import Engine
 from train.evaluate import Evaluation, evaluate
 from train.files import Folder
-from train.loop import Instruments, Plan, fit, record_evaluation
+from train.instruments import Instruments
+from train.loop import Plan, fit
 from train.metrics import Recorder
 from train.models import ModelSpec
 from train.objective import Objective
@@ -156,20 +157,20 @@ class Session:
             start=phase.start,
             stop=phase.stop,
         )
-        plan = self._plan(phase)
         instruments = Instruments(
             self.checkpoints(phase.name),
             self.recorder,
             self.display,
             self.signals,
             held_out=self._held_out(),
+            identity={"stage": phase.stage, "level": phase.level},
         )
-        throughput = fit(state, plan, engine=self.engine, instruments=instruments)
+        throughput = fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
         rate = throughput.images_per_second
         evaluations = {}
         for split, images in self.data.evaluation.items():
             evaluations[split] = evaluate(state.evaluated, images, self.engine)
-            record_evaluation(evaluations[split], split, state, plan, instruments)
+            instruments.record_evaluation(state, split, evaluations[split])
         self.recorder.sync()
         return Outcome(evaluations, rate)
 
@@ -221,7 +222,6 @@ class Session:
             evaluate_every=None if every is None else max(1, self.steps(every)),
             save_every=None if save is None else max(1, self.steps(save)),
             keep=phase.keep | {phase.stop},
-            identity={"stage": phase.stage, "level": phase.level},
         )
 
     def _held_out(self) -> tuple[str, Any]:

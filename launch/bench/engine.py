@@ -16,7 +16,8 @@ from pruning.masks import Masks
 from train.checkpoint import Checkpoints
 from train.engine import Engine, Precision
 from train.files import Folder
-from train.loop import Instruments, Plan, fit
+from train.instruments import Instruments
+from train.loop import Plan, fit
 from train.metrics import LogConfig, Recorder
 from train.objective import Objective
 from train.optim import OptimizerConfig, build_optimizer
