@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from data.augment import Augmentation, Augmenter
+from data.augment import Augmenter
 from data.errors import UserError
 from data.order import SampleOrder, shard
 
@@ -55,12 +55,11 @@ class MemoryLoader:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Augmenter,
         labels: Tensor,
         *,
         batch_size: int,
         seed: int,
-        augmentation: Augmentation,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -69,8 +68,8 @@ class MemoryLoader:
                 f"data.batch_size = {batch_size} is smaller than the {world_size} ranks: "
                 "each rank needs at least one image a step"
             )
-        self.order = SampleOrder(len(images), batch_size, seed)
-        self._augment = Augmenter(images, augmentation)
+        self.order = SampleOrder(len(labels), batch_size, seed)
+        self._augment = images
         self._labels = labels
         self._rank, self._world_size = rank, world_size
         self._position = 0

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.augment import Augmentation, Normalisation
+from data.augment import Augmentation, Augmenter, Normalisation
 from data.errors import UserError, did_you_mean
 from data.loader import EvaluationSet, Loader, MemoryEvaluationSet, MemoryLoader
 from data.order import random_permutation
@@ -177,14 +177,14 @@ def open_data(config: DataConfig, *, device: torch.device, rank: int, world_size
         return images, torch.from_numpy(split.labels).to(device)
 
     images, labels = resident(arrays.train)
+    augmenter = Augmenter(images, arrays.augmentation if config.augment else Augmentation())
 
     def loader(seed: int) -> MemoryLoader:
         return MemoryLoader(
-            images,
+            augmenter,
             labels,
             batch_size=config.batch_size,
             seed=seed,
-            augmentation=arrays.augmentation if config.augment else Augmentation(),
             rank=rank,
             world_size=world_size,
         )

@@ -15,32 +15,32 @@ import tomli_w
 import torch
 
 from data.errors import UserError
-from launch.config import RunConfig, flat
+from launch.config import RunConfig, flat, parse_document
 from pruning.tickets import software_versions
 from train.engine import Engine
 from train.files import Folder
 
-_MAY_CHANGE = ("checkpoint.", "log.")
-"""sections that change how a run is watched and saved, but nothing that it computes"""
+_MAY_CHANGE = ("checkpoint.", "log.", "data.root", "data.eval_batch_size", "train.timeout")
+"""keys that change how a run is watched and saved, but nothing that it computes"""
+_NO_RESULTS = {"config.toml", "environment.json", "metrics.jsonl", "tensorboard", ".lock"}
+"""what a run writes before it has anything to lose"""
 
 
 def claim(folder: Folder, config: RunConfig, engine: Engine) -> IO[str] | None:
     """Makes the folder this run's, and returns the lock that keeps other processes out (rank 0).
 
-    Raises `UserError` where it belongs to another configuration, naming the differences, or where
-    another process works in it.
+    Raises `UserError` where it holds results of another configuration, naming the differences, or
+    where another process works in it (found out on a local disk only).
     """
     held: list[IO[str]] = []
 
     def take() -> None:
         if folder.local_path is not None:
             held.append(_lock(folder.local_path))
-        document = config.document()
-        if folder.exists("config.toml"):
-            _require_same(folder, document)
-        folder.write("config.toml", tomli_w.dumps(document).encode())
-        attempts = folder.read_json("environment.json") if folder.exists("environment.json") else []
-        folder.write_json("environment.json", [*attempts, environment(engine)])
+        if folder.exists("config.toml") and set(folder.names()) - _NO_RESULTS:
+            _require_same(folder, config)
+        folder.write("config.toml", tomli_w.dumps(config.document()).encode())
+        folder.write_json("environment.json", [*_attempts(folder), environment(engine)])
 
     engine.on_main(take)
     return held[0] if held else None
@@ -78,9 +78,24 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _require_same(folder: Folder, document: dict[str, Any]) -> None:
-    before = flat(tomllib.loads(folder.read("config.toml").decode()))
-    now = flat(document)
+def _attempts(folder: Folder) -> list[Any]:
+    """The earlier attempts at this run; a damaged list is no reason not to go on."""
+    try:
+        found = folder.read_json("environment.json")
+    except (FileNotFoundError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _require_same(folder: Folder, config: RunConfig) -> None:
+    where = f"{folder}/config.toml"
+    try:
+        document = tomllib.loads(folder.read("config.toml").decode())
+        # Read like any configuration, so that options added since have their defaults there too.
+        before = flat(parse_document(document, where).document())
+    except (ValueError, UserError) as error:
+        raise UserError(f"{where}: damaged, or of another version: {error}") from None
+    now = flat(config.document())
     differences = [
         f"{key} is {before.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"
         for key in sorted(before.keys() | now.keys())

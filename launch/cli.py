@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Annotated, Literal
 
 import tyro
@@ -18,6 +19,16 @@ from data.errors import Interrupted, RunError, UserError
 from launch.parsing import ParseError, parse
 
 EXIT_INTERRUPTED = 75
+_ENVIRONMENT = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 _SAVED = "the same command goes on from the last checkpoint"
 
 
@@ -126,8 +137,11 @@ def run_command(words: list[str]) -> int:
         return _fail(error, f"interrupted: {error}; {_SAVED}", EXIT_INTERRUPTED)
     except KeyboardInterrupt as error:
         return _fail(error, f"stopped; {_SAVED}", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tombola ... | head`
+        return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _ENVIRONMENT:
             traceback.print_exc()
             return 1
         where = f": {error.filename}" if error.filename else ""
@@ -141,6 +155,9 @@ def run_command(words: list[str]) -> int:
 def _dispatch(words: list[str]) -> None:
     if not words:
         words = ["--help"]
+    if words == ["--version"]:
+        print(f"tombola {metadata.version('tombola')}")
+        return
     if words[0] == "run" and {"-h", "--help"} & set(words):
         _print_run_help()
         return
@@ -152,7 +169,8 @@ def _dispatch(words: list[str]) -> None:
         else:
             parse(Command, words, **options)()
     except ParseError as error:
-        raise UserError(f"{error} (see tombola --help)") from None
+        advice = "; give CONFIG before its options" if words[0] == "run" and words[1:] else ""
+        raise UserError(f"{error}{advice} (see tombola --help)") from None
 
 
 def _print_run_help() -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,10 +57,9 @@ class RunConfig:
     def document(self) -> dict[str, Any]:
         """The resolved configuration as a TOML document that `tombola run` reads again."""
         stages = [
-            {"name": s.name, "recipe": s.recipe, **asdict(s.config), **s.own} for s in self.stages
+            {"name": s.name, "recipe": s.recipe, **_plain(s.config), **s.own} for s in self.stages
         ]
-        document: dict[str, Any] = _plain({**asdict(self.settings), "stages": stages})
-        return document
+        return {**_plain(self.settings), "stages": stages}
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -69,7 +68,12 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises `UserError`, one line that names the file and the key, for an unreadable file, an
     unknown key, a wrong type or an impossible value.
     """
-    document = _read_toml(path)
+    return parse_document(_read_toml(path), path, overrides)
+
+
+def parse_document(document: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The same for a TOML document that was read from `path`."""
+    document = dict(document)
     tables = document.pop("stages", [])
     document.setdefault("name", Path(path).stem)
     if not isinstance(tables, list) or not tables:
@@ -177,11 +181,18 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     shared_keys = [key for key in _keys(Settings) if key not in _FILE_ONLY]
     own_keys = _keys(kind)
     options = [g for g in given if g.origin == COMMAND_LINE or g.key not in ("name", "recipe")]
-    _check_keys(options, [*own_keys, *shared_keys], f"stages.{name}.")
+    _check_keys(options, [*own_keys, *shared_keys, "name", "recipe"], f"stages.{name}.")
     own = [g for g in options if g.key in shared_keys]
+    _refuse_renaming(options, name)
     config = _parse(kind, [g for g in options if g.key in own_keys], f"stages.{name}.")
     settings = _parse(Settings, [*shared, *own], "")
     return Stage(name, recipe, config, settings, _picked(settings, [g.key for g in own]))
+
+
+def _refuse_renaming(options: Iterable[Given], stage: str) -> None:
+    for one in options:
+        if one.key in ("name", "recipe"):
+            raise UserError(f"{one.origin}: stages.{stage}.{one.key} can only be set in the file")
 
 
 # Checking --------------------------------------------------------------------------------
@@ -204,8 +215,6 @@ def _check_keys(given: Iterable[Given], known: Sequence[str], prefix: str = "") 
         if one.key not in known:
             near = did_you_mean(one.key, known)
             raise UserError(f"{one.origin}: unknown key {prefix + one.key!r}{near}")
-        if not one.words and one.origin == COMMAND_LINE and one.key not in known:
-            raise UserError(f"{one.origin}: {prefix}{one.key} needs a value")
 
 
 def _parse(kind: type[C], given: Sequence[Given], prefix: str = "") -> C:
@@ -222,14 +231,14 @@ def _parse(kind: type[C], given: Sequence[Given], prefix: str = "") -> C:
 def _explain(message: str, given: dict[str, Given], prefix: str) -> str:
     """A parser's message, with where the value was written and under which key."""
     option = re.search(r"--([\w.-]+)", message)
-    section = re.match(r"Error parsing ([\w.]+): (\w+)", message)
+    check = re.match(r"Error parsing ([\w.]+): (\w+)", message)
     key = ""
     if option:
         key = option[1].replace("-", "_")
-    elif section:
-        nested = f"{section[1]}.{section[2]}"
-        key = nested if nested in given or "." in nested else section[2]
-        key = key if key in given or section[2] not in given else section[2]
+    elif check:  # a section's own check begins with its name and the field's
+        nested = f"{check[1]}.{check[2]}"
+        key = nested if nested in given else check[2]
+    message = re.sub(r"no type matching (\S+) could be.*", r"must be \1", message)
     reason = re.sub(r"^Error parsing [\w.-]+: ", "", message)
     if key in given:
         one = given[key]
@@ -248,17 +257,30 @@ def _without_key(reason: str, key: str) -> str:
 
 
 def _picked(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
+    """The sections of `settings`, as far as `keys` name them."""
     document: dict[str, Any] = {}
     for key in keys:
         section, _, leaf = key.partition(".")
-        document.setdefault(section, {})[leaf] = getattr(getattr(settings, section), leaf)
+        value = _plain(getattr(settings, section)).get(leaf)
+        if value is not None:
+            document.setdefault(section, {})[leaf] = value
     return document
 
 
-def _plain(value: Any) -> Any:
-    """TOML has no null: what is `None` is left out. Tuples become arrays."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as a TOML table, which has neither null nor tuples.
+
+    What is `None` by default is left out; what was set to `None` is written as the word.
+    """
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            table[field.name] = _plain(value)
+        elif isinstance(value, tuple):
+            table[field.name] = list(value)
+        elif value is not None:
+            table[field.name] = value
+        elif field.default is not None:
+            table[field.name] = "None"
+    return table

@@ -29,8 +29,8 @@ def run_config(config: RunConfig, *, root: str) -> None:
     name = config.settings.name
     folder = Folder(root) / name
     lock = claim(folder, config, engine)
+    recorder = open_recorder(folder, config, engine)
     display = Display(shown=engine.is_main)
-    recorder = Recorder(folder, run=name, config=config.settings.log, is_main=engine.is_main)
     signals = Signals(
         world_size=engine.world_size,
         is_main=engine.is_main,
@@ -50,6 +50,17 @@ def run_config(config: RunConfig, *, root: str) -> None:
     engine.close()
     if lock is not None:
         lock.close()
+
+
+def open_recorder(folder: Folder, config: RunConfig, engine: Engine) -> Recorder:
+    """The run's metrics, on rank 0; what hinders it there is raised on every rank."""
+    opened: list[Recorder] = []
+
+    def open_there() -> None:
+        opened.append(Recorder(folder, run=config.settings.name, config=config.settings.log))
+
+    engine.on_main(open_there)
+    return opened[0] if opened else Recorder()
 
 
 def make_engine(stage: Stage) -> Engine:

@@ -23,16 +23,16 @@ def summarise(tickets: Sequence[Ticket], folder: Folder) -> None:
 
 def level_table(tickets: Sequence[Ticket], stage: str) -> Table:
     """A row a level: density, accuracy of the ticket and of each control, images/s."""
-    controls = [m for m in dict.fromkeys(t.method for t in tickets) if m != "imp"]
+    controls = list(dict.fromkeys(t.method for t in tickets if t.control))
     table = Table("level", "density", "ticket accuracy", title=f"{stage}: test accuracy")
     for control in controls:
         table.add_column(f"{control} accuracy")
     table.add_column("images/s")
     for column in table.columns:
         column.justify = "right"
-    by_place = {(t.level, t.method): t for t in tickets}
-    for ticket in sorted((t for t in tickets if t.method == "imp"), key=lambda t: t.level):
-        others = [by_place.get((ticket.level, control)) for control in controls]
+    beside = {(t.parent, t.method): t for t in tickets if t.control}
+    for ticket in sorted((t for t in tickets if not t.control), key=lambda t: t.level):
+        others = [beside.get((ticket.id, control)) for control in controls]
         table.add_row(
             str(ticket.level),
             f"{ticket.density:.2%}",
@@ -65,17 +65,17 @@ def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
             axes.plot(
                 [t.density for t in line],
                 [accuracy(t) for t in line],
-                marker="o" if method == "imp" else "s",
+                marker="s" if line[0].control else "o",
                 markersize=4,
                 color=_COLOURS.get(method),
                 label=label if len(stages) == 1 else f"{stage}: {label}",
             )
-        dense = [t for t in in_stage if t.density == 1.0 and t.method == "imp"]
+        dense = [t for t in in_stage if t.density == 1.0 and not t.control]
         if dense:
             axes.axhline(accuracy(dense[0]), color="0.6", linewidth=1, linestyle="--", zorder=0)
     axes.set_xscale("log")
     axes.invert_xaxis()
-    ticks = sorted({t.density for t in tickets if t.method == "imp"}, reverse=True)
+    ticks = sorted({t.density for t in tickets}, reverse=True)
     axes.set_xticks(ticks[:: -(-len(ticks) // 7)])
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g} %"))

@@ -74,7 +74,7 @@ def _choose(tickets: Sequence[Ticket], name: str | None, folder: Folder) -> Tick
     if not tickets:
         raise UserError(f"{folder}: no finished ticket yet")
     if name is None:
-        last = [t for t in tickets if t.stage == tickets[-1].stage and t.method not in _CONTROLS]
+        last = [t for t in tickets if t.stage == tickets[-1].stage and not t.control]
         return max(last or tickets, key=lambda t: t.level)
     for ticket in tickets:
         if name in (ticket.name, f"{ticket.stage}/{ticket.name}") or (
@@ -83,9 +83,6 @@ def _choose(tickets: Sequence[Ticket], name: str | None, folder: Folder) -> Tick
             return ticket
     near = did_you_mean(name, [f"{t.stage}/{t.name}" for t in tickets])
     raise UserError(f"{folder}: no ticket {name!r}{near}")
-
-
-_CONTROLS = ("random", "reinit", "oneshot")
 
 
 def _lineage(ticket: Ticket, tickets: Sequence[Ticket]) -> list[str]:

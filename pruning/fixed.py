@@ -15,6 +15,7 @@ class FixedMasks:
     Gradients are masked before clipping, so that pruned entries do not count in the norm; weights
     and optimizer state are projected after the step, since weight decay, momentum or an optimizer
     that mixes entries (Muon) may move them. The forward pass and the parameters stay untouched.
+    An infinite gradient stays non-finite (as after an overflow in fp16, when no step is taken).
     """
 
     def __init__(self, masks: Masks, model: nn.Module, optimizer: Optimizer) -> None:
@@ -48,6 +49,10 @@ class FixedMasks:
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     pairs.append((value, factor))
         _multiply(pairs)
+
+    def facts(self) -> dict[str, float]:
+        """None: nothing changes."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The masks' digest: they belong to the ticket, and do not change."""

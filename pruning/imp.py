@@ -12,19 +12,21 @@ schedule; `oneshot` ranks the magnitudes of W_k over all layers.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from torch import Tensor
+
 from data.errors import RunError, UserError
 from pruning.allocate import Scope, keep_count, prune_fraction, shuffle_layers
-from pruning.fixed import FixedMasks
 from pruning.masks import Masks
+from pruning.program import Arm, train_ticket
 from pruning.scores import magnitude
-from pruning.tickets import Ticket, TicketFolder, software_versions, write_weights
+from pruning.tickets import Ticket, TicketFolder, write_weights
 from train.duration import check_durations
 from train.schedule import constant
-from train.session import Phase, Session, Start
+from train.session import Session, Start
 
 Mode = Literal["weights", "lr", "finetune"]
 Control = Literal["random", "reinit", "oneshot"]
@@ -94,28 +96,8 @@ def run_imp(session: Session, stage: str, config: ImpConfig) -> list[Ticket]:
     return _Imp(session, stage, config).run()
 
 
-@dataclass(frozen=True)
-class _Arm:
-    """One training of the comparison: a level's ticket, or a control beside it."""
-
-    method: Literal["imp"] | Control
-    level: int
-    parent: Ticket | None
-    masks: Callable[[], Masks]
-    start: Callable[[], Start]
-    first_step: int
-
-    @property
-    def name(self) -> str:
-        return f"level-{self.level:02d}" + ("" if self.method == "imp" else f"-{self.method}")
-
-    @property
-    def is_pruned_ticket(self) -> bool:
-        return self.method == "imp" and self.level > 0
-
-
 class _Imp:
-    """The program: each arm is `_ticket`, which returns at once if it is finished."""
+    """The program: each arm is trained by `train_ticket`, at once if it is finished."""
 
     def __init__(self, session: Session, stage: str, config: ImpConfig) -> None:
         self.session, self.stage, self.config = session, stage, config
@@ -128,7 +110,10 @@ class _Imp:
                 f"{session.settings.train.total!r})"
             )
         self.network = session.build_network()
-        self.everything = Masks.ones(self.network.module, config.exclude).to("cpu")
+        try:
+            self.everything = Masks.ones(self.network.module, config.exclude).to("cpu")
+        except UserError as error:
+            raise UserError(f"stages.{stage}.{error}") from None
         self._initial = {k: v.cpu().clone() for k, v in self.network.module.state_dict().items()}
 
     def run(self) -> list[Ticket]:
@@ -151,15 +136,31 @@ class _Imp:
     # The arms ----------------------------------------------------------------------------
 
     def _dense(self) -> Ticket:
-        return self._ticket(
-            _Arm("imp", 0, None, lambda: self.everything, lambda: Start(self._initial), 0)
+        return self._train(
+            Arm(
+                masks=lambda: self.everything,
+                start=lambda: Start(self._initial),
+                first_step=0,
+                keep=frozenset({self.start_step}),
+                weights=lambda start: self._store(self._kept_state()["model"]),
+                **self._common("imp", 0),
+            )
         )
 
     def _level(self, level: int, parent: Ticket) -> Ticket:
-        rewinds = self.config.mode == "weights"
-        start = self._rewound if rewinds else lambda: self._final(parent)
-        pruned = lambda: self._pruned(parent)  # noqa: E731
-        return self._ticket(_Arm("imp", level, parent, pruned, start, self.start_step))
+        mode, schedule = self.config.mode, self.session.schedule
+        rewinds = mode == "weights"
+        arm = Arm(
+            masks=lambda: self._pruned(parent),
+            start=self._rewound if rewinds else lambda: self._final(parent),
+            first_step=self.start_step,
+            weights=lambda start: self._store(start.weights) if rewinds else None,
+            parent=parent,
+            **self._common("imp", level),
+        )
+        if mode == "finetune":
+            arm = replace(arm, schedule=constant(schedule(self.stop - 1)))
+        return self._train(arm)
 
     def _control(self, control: Control, ticket: Ticket) -> Ticket:
         seed = self.session.seed("imp", control, ticket.level)
@@ -168,61 +169,37 @@ class _Imp:
             "reinit": lambda: ticket.masks,
             "oneshot": lambda: self._oneshot(ticket.masks.kept),
         }
-        fresh = lambda: Start(self.session.model_spec.build(seed).state_dict())  # noqa: E731
-        start = fresh if control == "reinit" else self._rewound
-        return self._ticket(
-            _Arm(control, ticket.level, ticket, masks[control], start, self.start_step)
+
+        def fresh() -> Start:
+            return Start(self.session.model_spec.build(seed).state_dict())
+
+        return self._train(
+            Arm(
+                masks=masks[control],
+                start=fresh if control == "reinit" else self._rewound,
+                first_step=self.start_step,
+                weights=lambda start: self._store(start.weights),
+                parent=ticket,
+                control=True,
+                **self._common(control, ticket.level),
+            )
         )
 
-    def _ticket(self, arm: _Arm) -> Ticket:
-        """The finished ticket, or else: its masks, its training, its files."""
-        session, engine = self.session, self.session.engine
-        finished = engine.on_main(lambda: self.tickets.find(self.stage, arm.name))
-        if finished is not None:
-            session.display.skip(self.stop - arm.first_step)
-            return finished
-        masks, start = arm.masks(), arm.start()
-        engine.require_same(masks.digest(), f"the masks of {self.stage}/{arm.name}")
-        on_device = masks.to(engine.device)
-        outcome = session.train(
-            self._phase(arm),
-            self.network,
-            start,
-            lambda model, optimizer: FixedMasks(on_device, model, optimizer),
-        )
-        ticket = Ticket(
-            method=arm.method,
-            level=arm.level,
-            density=masks.density,
-            masks=masks,
-            model=session.model_spec,
-            step=self.start_step,
-            weights_digest=self._store_weights(arm, start),
-            parent=None if arm.parent is None else arm.parent.id,
-            config={"imp": asdict(self.config), "settings": asdict(session.settings)},
-            metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
-            timing={"images_per_second": outcome.images_per_second},
-            versions=software_versions(),
-            stage=self.stage,
-            name=arm.name,
-            objects=self.tickets.objects,
-        )
-        engine.on_main(lambda: self.tickets.write(ticket))
-        session.display.say(_line(ticket))
-        return ticket
+    def _common(self, method: str, level: int) -> dict[str, Any]:
+        """What all arms have alike."""
+        return {
+            "stage": self.stage,
+            "method": method,
+            "level": level,
+            "stop": self.stop,
+            "schedule": self.session.schedule,
+            "seed_labels": ("imp", "order", 0 if self.config.same_order else level),
+            "rewind_step": self.start_step,
+            "config": {"imp": asdict(self.config)},
+        }
 
-    def _phase(self, arm: _Arm) -> Phase:
-        schedule = self.session.schedule
-        finetunes = arm.is_pruned_ticket and self.config.mode == "finetune"
-        return Phase(
-            self.stage,
-            arm.name,
-            start=arm.first_step,
-            stop=self.stop,
-            schedule=constant(schedule(self.stop - 1)) if finetunes else schedule,
-            seed_labels=("imp", "order", 0 if self.config.same_order else arm.level),
-            keep=frozenset({self.start_step}) if arm.level == 0 else frozenset(),
-        )
+    def _train(self, arm: Arm) -> Ticket:
+        return train_ticket(self.session, self.tickets, self.network, arm)
 
     # Masks and weights -------------------------------------------------------------------
 
@@ -232,12 +209,17 @@ class _Imp:
         model.load_state_dict(self._final(parent).weights)
         scores = magnitude(model, exclude=self.config.exclude)
         masks = parent.masks.to(self.session.engine.device)
+        fraction = self.config.prune_fraction
         try:
-            return prune_fraction(scores, masks, self.config.prune_fraction, self.config.scope).to(
-                "cpu"
-            )
+            pruned = prune_fraction(scores, masks, fraction, self.config.scope).to("cpu")
         except ValueError as error:
             raise RunError(f"{self.stage}/{parent.name}: cannot be pruned: {error}") from error
+        if not pruned.kept:
+            raise UserError(
+                f"stages.{self.stage}.prune_fraction = {fraction} leaves none of the {masks.kept} "
+                f"weights of {self.stage}/{parent.name}: prune less, or in fewer rounds"
+            )
+        return pruned
 
     def _oneshot(self, count: int) -> Masks:
         self.network.module.load_state_dict(self._rewound().weights)
@@ -255,27 +237,23 @@ class _Imp:
 
     @cached_property
     def _at_k(self) -> Start:
-        state = self._checkpoint("level-00", self.start_step)
-        return Start(state["model"], state["optimizer"] if self.config.rewind_optimizer else None)
+        dense = self.session.engine.on_main(lambda: self.tickets.find(self.stage, "level-00"))
+        assert dense is not None, "level 0 is trained before anything is rewound"
+        optimizer = self._kept_state()["optimizer"] if self.config.rewind_optimizer else None
+        return Start(dense.weights(), optimizer)
+
+    def _kept_state(self) -> dict[str, Any]:
+        return self._checkpoint("level-00", self.start_step)
 
     def _checkpoint(self, name: str, step: int) -> dict[str, Any]:
-        return self.session.checkpoints(f"{self.stage}/{name}").load(step)
+        place = f"{self.stage}/{name}"
+        try:
+            return self.session.checkpoints(place).load(step)
+        except RunError as error:
+            folder = self.session.folder / place
+            raise RunError(f"{error}; remove {folder} to train that level again") from error
 
-    def _store_weights(self, arm: _Arm, start: Start) -> str | None:
-        """The digest of the state at k that the arm starts from; `None` if it was not rewound."""
-        if arm.is_pruned_ticket and self.config.mode != "weights":
-            return None
-        weights = self._rewound().weights if arm.level == 0 else start.weights
-        digest: str = self.session.engine.on_main(
-            lambda: write_weights(self.tickets.objects, weights)
-        )
+    def _store(self, weights: dict[str, Tensor]) -> str:
+        objects = self.tickets.objects
+        digest: str = self.session.engine.on_main(lambda: write_weights(objects, weights))
         return digest
-
-
-def _line(ticket: Ticket) -> str:
-    accuracy = "  ".join(
-        f"{split} accuracy {values['accuracy']:.4f}" for split, values in ticket.metrics.items()
-    )
-    rate = ticket.timing["images_per_second"]
-    name = f"{ticket.stage}/{ticket.name}"
-    return f"{name}: density {ticket.density:.2%}  {accuracy}  {rate:,.0f} images/s"

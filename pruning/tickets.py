@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ from train.models import ModelSpec
 
 FORMAT = 1
 _FILE = "ticket.json"
+_CHOSEN = "masks.json"
 _MASKS, _WEIGHTS = "masks.safetensors", "weights.safetensors"
 
 
@@ -53,6 +55,8 @@ class Ticket:
     versions: dict[str, str] = field(default_factory=dict)
     stage: str = ""
     name: str = ""
+    control: bool = False
+    """trained for comparison beside its parent, not a ticket of the method"""
     objects: Folder | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -79,7 +83,7 @@ class Ticket:
         folder = Folder(str(url).removesuffix(f"/{_FILE}"))
         if not folder.exists(_FILE):
             raise UserError(f"{folder}: no ticket here (a ticket is a folder with {_FILE})")
-        return _read(folder, Folder(f"{folder}/../../tickets"))
+        return _read(folder, folder.parent.parent / "tickets")
 
     def weights(self) -> dict[str, Tensor]:
         """The state at `step`, on the CPU, not masked. Raises `UserError` if there is none."""
@@ -105,6 +109,7 @@ class Ticket:
             "stage": self.stage,
             "name": self.name,
             "method": self.method,
+            "control": self.control,
             "level": self.level,
             "density": self.density,
             "kept": self.masks.kept,
@@ -131,6 +136,21 @@ class TicketFolder:
         """The ticket of that name, or `None` where it is not finished yet."""
         folder = self._run / f"{stage}/{name}"
         return _read(folder, self.objects) if folder.exists(_FILE) else None
+
+    def chosen_masks(self, stage: str, name: str) -> Masks | None:
+        """The masks with which a training began, or `None` where it did not begin yet."""
+        folder = self._run / f"{stage}/{name}"
+        if not folder.exists(_CHOSEN):
+            return None
+        document = folder.read_json(_CHOSEN)
+        if not isinstance(document, dict) or not isinstance(document.get("masks"), str):
+            raise RunError(f"{folder}/{_CHOSEN}: damaged: remove it to choose the masks again")
+        return read_masks(self.objects, document["masks"])
+
+    def choose_masks(self, stage: str, name: str, masks: Masks) -> None:
+        """Writes down the masks with which a training begins: a resume has these, no others."""
+        digest = write_masks(self.objects, masks)
+        (self._run / f"{stage}/{name}").write_json(_CHOSEN, {"masks": digest})
 
     def write(self, ticket: Ticket) -> None:
         """Writes the masks, and then the ticket itself."""
@@ -165,7 +185,7 @@ def software_versions() -> dict[str, str]:
 def write_masks(objects: Folder, masks: Masks) -> str:
     """Stores masks under their digest, unless they are there already; returns the digest."""
     digest = masks.digest()
-    if not objects.exists(f"{digest}/{_MASKS}"):
+    if not _is_whole(read_masks, objects, digest):
         packed = {
             name: torch.from_numpy(np.frombuffer(pack_bits(mask), np.uint8).copy())
             for name, mask in masks.items()
@@ -198,7 +218,7 @@ def write_weights(objects: Folder, weights: dict[str, Tensor]) -> str:
     """Stores a state dict under its digest, unless it is there already; returns the digest."""
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     digest = weights_digest(plain)
-    if not objects.exists(f"{digest}/{_WEIGHTS}"):
+    if not _is_whole(read_weights, objects, digest):
         content = safetensors.torch.save(plain, {"format": "tombola-weights-1"})
         objects.write(f"{digest}/{_WEIGHTS}", content)
     return digest
@@ -221,6 +241,15 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
         sha.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         sha.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _is_whole(read: Callable[[Folder, str], object], objects: Folder, digest: str) -> bool:
+    """Whether the object is there and undamaged: a damaged one is written again."""
+    try:
+        read(objects, digest)
+    except RunError:
+        return False
+    return True
 
 
 def _read_object(
@@ -261,6 +290,7 @@ def _read(folder: Folder, objects: Folder) -> Ticket:
             versions=document["versions"],
             stage=document["stage"],
             name=document["name"],
+            control=document["control"],
             objects=objects,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from train.safe_dcp import read_tensors
 
 STATE: dict[str, Any] = {
     "model": {"a.weight": torch.arange(6.0).view(2, 3), "a.count": torch.tensor(7)},
-    "optimizer": {"state": {}, "groups": [{"lr": 0.1, "betas": [0.9, 0.95], "foreach": None}]},
+    "optimizer": {"state": {}, "groups": {"0": {"lr": 0.1, "betas": [0.9, 0.95], "foreach": None}}},
     "mask": torch.tensor([True, False, True]),
     "half": torch.ones(3, dtype=torch.bfloat16),
     "empty": torch.zeros(0, 4),
@@ -160,3 +160,41 @@ def test_a_file_outside_of_the_checkpoint_is_refused(
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="file outside of the checkpoint"):
         read_tensors(str(path.parent), is_local=True)
+
+
+def test_a_changed_value_in_the_manifest_is_found(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The step, the scaler and the learning rates live there: they have a checksum too."""
+    checkpoints.save(1, STATE)
+    path = tmp_path / "step-00000001/manifest.json"
+    path.write_text(path.read_text().replace('"progress/step": 3', '"progress/step": 4'))
+    assert checkpoints.latest() is None
+    with pytest.raises(RunError, match=r"manifest\.json does not match its checksum"):
+        checkpoints.load(1)
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that cannot be read just now may be that of a kept step: it is left alone."""
+    checkpoints.save(1, STATE, kept=True)
+    read_json = Folder.read_json
+
+    def flaky(self: Folder, name: str) -> Any:
+        if "step-00000001" in self.url:
+            raise OSError(5, "Input/output error")
+        return read_json(self, name)
+
+    monkeypatch.setattr(Folder, "read_json", flaky)
+    for step in (2, 3, 4, 5):
+        checkpoints.save(step, STATE)
+    monkeypatch.undo()
+    assert same(checkpoints.load(1), STATE)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_newest_is_asked_for_up_to_a_step(checkpoints: Checkpoints) -> None:
+    """A phase never begins beyond its own end."""
+    for step in (4, 8):
+        checkpoints.save(step, STATE)
+    assert checkpoints.latest(at_most=7) == 4
+    assert checkpoints.latest(at_most=3) is None

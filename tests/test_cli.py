@@ -262,3 +262,89 @@ def test_a_terminal_shows_a_live_line(tmp_path: Path) -> None:
 
 
 assert TOML.count("[[stages]]") == 1
+
+
+def test_a_run_that_computed_nothing_does_not_take_the_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake is mended under the same name."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path), "--stages.imp.rounds", "0"]
+    fails(capsys, [*words, "--stages.imp.rewind", "9ep"])
+    fails(capsys, [*words, "--data.source", "cifar10", "--data.root", "/nowhere"])
+    assert run_command(words) == 0
+
+
+def test_the_data_may_move_between_two_attempts(root: Path) -> None:
+    """Where the images are changes nothing of what is computed."""
+    words = ["run", str(root / "tiny.toml"), "--root", str(root)]
+    assert run_command([*words, "--data.root", "/elsewhere"]) == 0
+
+
+def test_a_runs_own_configuration_goes_on_with_it(root: Path) -> None:
+    """... also where an option was set to None, against its default."""
+    words = ["run", str(root / "tiny.toml"), "--root", str(root), "--name", "own"]
+    options = ["--stages.imp.rounds", "0", "--train.evaluate", "None"]
+    assert run_command([*words, *options]) == 0
+    assert run_command(["run", str(root / "own/config.toml"), "--root", str(root)]) == 0
+
+
+@pytest.mark.parametrize("spelling", ["~/runs", "file://{}/runs", "{}/runs/"])
+def test_a_root_may_be_spelt_in_any_way(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Home, URL or path: the run is in one place, whole."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["run", write_config(tmp_path), "--stages.imp.rounds", "0"]
+    assert run_command([*words, f"--root={spelling.format(tmp_path)}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "tiny.toml"}
+    assert (tmp_path / "runs/tiny/imp/level-00/checkpoints/step-00000039/manifest.json").exists()
+
+
+def test_a_root_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown protocol, a missing package, a file in the way."""
+    (tmp_path / "file").write_text("")
+    words = ["run", write_config(tmp_path), "--root"]
+    assert "foo://bucket: cannot be opened" in fails(capsys, [*words, "foo://bucket"])
+    fails(capsys, [*words, str(tmp_path / "file")], code=1)
+
+
+def test_what_a_model_does_not_take_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path), "--model.width", "None"]
+    line = fails(capsys, [*words, "--model.name", "vit_tiny_patch16_224"])
+    assert "model.name = 'vit_tiny_patch16_224' does not take images of 1x8x8" in line
+
+
+def test_a_mistake_under_several_ranks_is_said_once(tmp_path: Path) -> None:
+    """What only rank 0 finds out ends all ranks, and is printed by one."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path), "--log.trackers", "wandb"]
+    assert tombola(*words, world_size=2, output=tmp_path / "out") == [2, 2]
+    assert "pip install 'tombola[wandb]'" in (tmp_path / "out.0").read_text()
+    assert (tmp_path / "out.1").read_text() == ""
+
+
+def test_mixup_on_odd_shares_is_refused_on_every_rank(tmp_path: Path) -> None:
+    """96 images on two ranks are even shares; 98 are not."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path), "--train.mixup", "0.1"]
+    codes = tombola(*words, "--data.batch_size", "98", world_size=2, output=tmp_path / "out")
+    assert codes == [2, 2]
+    assert "choose a multiple of 4" in (tmp_path / "out.0").read_text()
+
+
+def test_a_damaged_line_of_metrics_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that is no JSON ends the run in one line, and nothing is thrown away."""
+    words = ["run", str(root / "tiny.toml"), "--root", str(root)]
+    path = root / "tiny/metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"{", b"\0", 1))
+    line = fails(capsys, words, code=1)
+    assert "metrics.jsonl, line 1: damaged" in line
+    path.write_bytes(before)
+    assert run_command(words) == 0
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tombola ")

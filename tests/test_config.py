@@ -109,7 +109,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--stages.imp.rewind", "5"], "stages.imp.rewind = '5': is not a duration"),
     (["--stages.imp.controls", "shuffle"], "stages.imp.controls = 'shuffle': invalid choice"),
     (["--stages.imp.control_levels", "3"], "levels go from 1 to 2"),
-    (["--stages.imp.name", "x"], "unknown key 'stages.imp.name'"),
+    (["--stages.imp.name", "x"], "stages.imp.name can only be set in the file"),
     (["--name", "a/b"], "name = 'a/b': must be a plain folder name"),
     (["--seed", "-1"], "seed = '-1': must not be negative"),
     (["total", "4ep"], "'total': write options as --section.key value"),

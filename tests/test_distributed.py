@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_ranks, tombola
+from states import state_of
 from tiny import TOML, facts, final_states, ticket_facts, write_config
 from torch import nn
 
@@ -167,7 +168,10 @@ def accumulated(folder: str, micro_batch: int | None) -> None:
         50 * engine.rank // engine.world_size, 50 * (engine.rank + 1) // engine.world_size
     )
     batch = Batch(images[share], labels[share])
-    loss = engine.backward(network, batch, Objective(10), step=0, batch_size=50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = engine.backward(
+        state_of(engine, network, optimizer, batch_size=50), batch, Objective(10)
+    )
     gradient = network.module[1].weight.grad  # type: ignore[index]
     total = engine.reduce(loss)
     torch.save(

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from states import state_of
 from torch import nn
 
-from data.augment import Augmentation
+from data.augment import Augmentation, Augmenter
 from data.errors import RunError, UserError
 from data.loader import Batch, MemoryEvaluationSet, MemoryLoader
 from train.checkpoint import Checkpoints
@@ -16,14 +17,14 @@ from train.engine import Engine
 from train.files import Folder
 from train.instruments import Instruments
 from train.loop import Plan, fit
-from train.metrics import LogConfig, Recorder
+from train.metrics import Recorder
 from train.models import ModelSpec
 from train.objective import Objective
 from train.optim import OptimizerConfig, build_optimizer
 from train.progress import Display
 from train.schedule import constant
 from train.signals import Signals
-from train.state import Dense, TrainState
+from train.state import Dense
 
 
 def batch(size: int = 12) -> Batch:
@@ -40,20 +41,14 @@ def train_state(engine: Engine, folder: Path, model: nn.Module | None = None) ->
     """A state to fit, and the instruments to do it with."""
     images, labels = batch(40)
     network = engine.prepare(model or small_model(), images[:8])
-    state = TrainState(
-        network=network,
-        optimizer=build_optimizer(network.module, OptimizerConfig(lr=0.05)),
-        sparsity=Dense(),
-        scaler=engine.fresh_scaler(),
-        loader=MemoryLoader(images, labels, batch_size=8, seed=0, augmentation=Augmentation()),
-        ema=None,
-        rank=0,
-        device=engine.device,
-    )
+    optimizer = build_optimizer(network.module, OptimizerConfig(lr=0.05))
+    state = state_of(engine, network, optimizer)
+    augmenter = Augmenter(images, Augmentation())
+    state.loader = MemoryLoader(augmenter, labels, batch_size=8, seed=0)
     location = Folder(folder)
     instruments = Instruments(
         Checkpoints(location / "checkpoints", engine, keep=2),
-        Recorder(location, run="test", config=LogConfig(), is_main=True),
+        Recorder(location),
         Display(shown=False),
         Signals(world_size=1, is_main=True, save_minutes=1e9),
         held_out=("test", MemoryEvaluationSet(images, labels, batch_size=8, rank=0, world_size=1)),
@@ -90,7 +85,8 @@ def test_an_update_is_unscale_before_clip_step_after() -> None:
     model.weight.data.fill_(1.0)
     model.weight.grad = torch.full((1, 1), 8.0)
     spy = Spy(model.weight)
-    Engine(clip=0.5).update(torch.optim.SGD(model.parameters(), lr=1.0), spy, 0)
+    engine = Engine(clip=0.5)
+    engine.update(state_of(engine, model, torch.optim.SGD(model.parameters(), lr=1.0), spy))
     assert spy.seen == [
         ("before", 1.0, 8.0),
         ("after", pytest.approx(0.5), pytest.approx(0.5)),
@@ -103,7 +99,8 @@ def test_a_veto_leaves_the_weights_alone() -> None:
     model.weight.data.fill_(1.0)
     model.weight.grad = torch.full((1, 1), 8.0)
     spy = Spy(model.weight, allow=False)
-    Engine().update(torch.optim.SGD(model.parameters(), lr=1.0), spy, 0)
+    engine = Engine()
+    engine.update(state_of(engine, model, torch.optim.SGD(model.parameters(), lr=1.0), spy))
     assert spy.seen == [("before", 1.0, 8.0), ("after", 1.0, 8.0)]
 
 
@@ -118,11 +115,12 @@ def test_fp16_unscales_before_the_method_sees_the_gradient(tmp_path: Path) -> No
         network = engine.prepare(model, images)
         spy = Spy(model[1].weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        engine.backward(network, Batch(images, labels), Objective(10), step=0, batch_size=12)
-        engine.update(optimizer, spy, 0)
+        state = state_of(engine, network, optimizer, spy, batch_size=12)
+        engine.backward(state, Batch(images, labels), Objective(10))
+        engine.update(state)
         gradients.append(spy.seen[0][2])
     assert gradients[1] == pytest.approx(gradients[0], rel=1e-2)
-    assert engine.scaler.state_dict()["scale"] == 65536.0
+    assert state.state_dict()["scaler"]["scale"] == 65536.0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -147,7 +145,9 @@ def test_a_compiled_model_keeps_its_parameter_names(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         network = engine.prepare(model, batch().images)
-        loss = engine.backward(network, batch(), Objective(10), step=0, batch_size=12)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        state = state_of(engine, network, optimizer, batch_size=12)
+        loss = engine.backward(state, batch(), Objective(10))
         results.append((list(model.state_dict()), float(loss), model[1].weight.grad))
     assert results[0][0] == results[1][0] == ["1.weight", "1.bias"]
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-6)

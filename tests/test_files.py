@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.errors import RunError
 from train.files import Folder, Journal
 
 
@@ -302,6 +303,6 @@ def test_a_sync_makes_the_lines_so_far_readable(folder: Folder) -> None:
 def test_a_damaged_line_in_the_middle_is_an_error(folder: Folder) -> None:
     """Only the last line can be torn by a crash; anything else is not passed over."""
     folder.write("metrics.jsonl", b'{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="Unterminated"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: damaged"):
         Journal(folder, "metrics.jsonl")
     assert folder.read("metrics.jsonl") == b'{"step": 0}\n{"st\n{"step": 2}\n'

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from states import state_of
 from torch import nn
 
 from data.loader import Batch
@@ -46,9 +47,10 @@ def test_nothing_masked_ever_moves(name: str) -> None:
     masks = half(model)
     sparsity = FixedMasks(masks, model, optimizer)
     weights = dict(model.named_parameters())
-    for step in range(4):
-        engine.backward(prepared, batch(), Objective(10), step=step, batch_size=16)
-        engine.update(optimizer, sparsity, step)
+    state = state_of(engine, prepared, optimizer, sparsity, batch_size=16)
+    for _ in range(4):
+        engine.backward(state, batch(), Objective(10))
+        engine.update(state)
         for name_, mask in masks.items():
             weight = weights[name_]
             assert weight.grad is not None
@@ -66,7 +68,8 @@ def test_pruned_gradients_do_not_count_in_the_clip_norm() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sparsity = FixedMasks(Masks({"weight": torch.tensor([[True, False]])}), model, optimizer)
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    Engine(clip=3.0).update(optimizer, sparsity, 0)
+    engine = Engine(clip=3.0)
+    engine.update(state_of(engine, model, optimizer, sparsity))
     assert model.weight.tolist() == [[pytest.approx(-2.0), 0.0]]  # 1 - 3, not 1 - 3 * 3/5
 
 

@@ -217,3 +217,13 @@ def test_density_gives_the_number_of_rounds() -> None:
     assert ImpConfig(prune_fraction=0.5, density=0.25).num_rounds == 2
     assert ImpConfig(prune_fraction=0.2, density=0.8**10).num_rounds == 10
     assert ImpConfig(prune_fraction=0.2, density=1.0).num_rounds == 0
+
+
+def test_a_round_that_leaves_nothing_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """... and the levels before it stay."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path), "--stages.imp.controls"]
+    assert run_command([*words, "--stages.imp.prune_fraction", "0.99999"]) == 2
+    assert "leaves none of the" in capsys.readouterr().err
+    assert (tmp_path / "tiny/imp/level-00/ticket.json").exists()

@@ -1,13 +1,14 @@
 """An interrupted run equals the uninterrupted one, bit for bit, wherever it was killed."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import command, run_ranks, tombola
-from tiny import assert_same_run, facts, final_states, write_config
+from tiny import TOML, assert_same_run, facts, final_states, ticket_facts, write_config
 
 KILLED = -signal.SIGKILL
 
@@ -206,3 +207,64 @@ def test_the_step_k_and_the_end_of_each_level_stay(reference: Path) -> None:
     assert names["level-00"] == [f"step-{step:08d}" for step in (5, 24, 32, 39)]
     assert names["level-01"] == [f"step-{step:08d}" for step in (24, 32, 39)]
     assert len(final_states(reference)) == 5
+
+
+def test_a_damaged_end_of_a_level_names_the_remedy(reference: Path, tmp_path: Path) -> None:
+    """The next level needs it: one line, and with the level's folder removed the run goes on."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    assert run_ranks(1, killed_run, words, "two levels", 2) == [KILLED]
+    level = tmp_path / "tiny/imp/level-01"
+    (level / "checkpoints/step-00000039/__0_0.distcp").write_bytes(b"damaged")
+    assert tombola(*words) == [0]  # level-01-random is next, and does not need it
+    shutil.rmtree(tmp_path / "tiny/imp/level-02")
+    assert tombola(*words, output=tmp_path / "out") == [1]
+    assert f"remove {level} to train that level again" in (tmp_path / "out.0").read_text()
+    shutil.rmtree(level)
+    assert tombola(*words) == [0]
+    assert ticket_facts(tmp_path / "tiny") == ticket_facts(reference)
+
+
+def refuses_to_choose_again(words: list[str]) -> None:
+    """Runs a command in which choosing masks for level 1 would give others than before."""
+    from pruning import imp
+
+    def other(*arguments: object) -> object:
+        raise AssertionError("the masks of level 1 were chosen before")
+
+    imp.prune_fraction = other  # type: ignore[assignment]
+    command(words)
+
+
+def test_masks_are_chosen_once(reference: Path, tmp_path: Path) -> None:
+    """A training that was interrupted goes on with its masks, without choosing them again."""
+    text = TOML.replace("rounds = 2", "rounds = 1")
+    words = ["run", write_config(tmp_path, text), "--root", str(tmp_path)]
+    assert run_ranks(1, killed_run, words, "a step", 50) == [KILLED]
+    assert run_ranks(1, refuses_to_choose_again, words) == [0]
+    chosen = ticket_facts(tmp_path / "tiny")["imp/level-01"]["masks"]
+    assert chosen == ticket_facts(reference)["imp/level-01"]["masks"]
+
+
+def timed_saves(folder: str) -> None:
+    """Writes at which of 8 polls the ranks agree to save, when a save is due at the third."""
+    from train.engine import Engine
+    from train.signals import Signals
+
+    engine = Engine()
+    signals = Signals(world_size=engine.world_size, is_main=engine.is_main, save_minutes=1e9)
+    saves = []
+    for poll in range(8):
+        if poll == 2:
+            signals._save_seconds = 0.0
+        if signals.poll().save:
+            saves.append(poll)
+            signals._save_seconds = 1e9
+    signals.drain()
+    Path(folder, str(engine.rank)).write_text(str(saves))
+    engine.close()
+
+
+def test_a_timed_save_happens_once_on_all_ranks(tmp_path: Path) -> None:
+    """Asked for at poll 2, agreed on at poll 3, by both ranks, and not once more."""
+    assert run_ranks(2, timed_saves, str(tmp_path)) == [0, 0]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"[3]"}

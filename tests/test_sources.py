@@ -419,8 +419,9 @@ def test_about_half_of_the_images_are_mirrored() -> None:
 
 def loader_of(images: Tensor, **options: Any) -> MemoryLoader:
     """A loader in batches of six whose labels are the sample indices."""
-    arguments: dict[str, Any] = {"batch_size": 6, "seed": 0, "augmentation": Augmentation(2, True)}
-    return MemoryLoader(images, torch.arange(len(images)), **(arguments | options))
+    augmentation = options.pop("augmentation", Augmentation(2, True))
+    arguments: dict[str, Any] = {"batch_size": 6, "seed": 0, **options}
+    return MemoryLoader(Augmenter(images, augmentation), torch.arange(len(images)), **arguments)
 
 
 def take(loader: MemoryLoader, count: int) -> list[Batch]:

@@ -201,3 +201,30 @@ def test_weights_of_any_type_come_back(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     read = read_weights(folder, write_weights(folder, weights))
     assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in weights.items())
+
+
+def test_a_ticket_loads_from_an_object_store() -> None:
+    """A URL of a level's folder is enough, on any storage."""
+    location = "memory://shared/run"
+    written = make_ticket(location)  # type: ignore[arg-type]
+    TicketFolder(Folder(location)).write(written)
+    read = Ticket.load(f"{location}/imp/level-02")
+    assert read.id == written.id
+    assert read.build_model().conv1.weight.shape == (4, 1, 3, 3)
+
+
+def test_a_link_to_a_level_is_a_ticket(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """... wherever the link is."""
+    link = tmp_path_factory.mktemp("links") / "mine"
+    link.symlink_to(run / "imp/level-02")
+    assert Ticket.load(link).id == make_ticket(run).id
+
+
+@pytest.mark.parametrize("name", ["masks.safetensors", "weights.safetensors"])
+def test_a_damaged_object_is_written_again(name: str, run: Path) -> None:
+    """Writing equal masks or weights once more mends what was damaged on the disk."""
+    (path,) = run.glob(f"tickets/*/{name}")
+    path.write_bytes(b"damaged")
+    TicketFolder(Folder(run)).write(make_ticket(run))
+    ticket = Ticket.load(run / "imp/level-02")
+    assert ticket.weights().keys() == SPEC.build().state_dict().keys()

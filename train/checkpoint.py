@@ -5,6 +5,8 @@ JSON in `manifest.json`, which names the SHA-256 of every file and is written la
 without its manifest, or with a file that does not match it, is not a checkpoint.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +36,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_durations(self, "every")
-        if self.minutes <= 0:
+        if not self.minutes > 0:
             raise ValueError(f"minutes = {self.minutes}: must be above 0")
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}: must be at least 1")
@@ -60,15 +62,15 @@ class Checkpoints:
         target = self.folder / _name(step)
         if engine.on_main(lambda: self._ready(step)):
             return
-        tensors, values = _split(state)
+        tensors, values = split_state(state)
         alone = engine.world_size == 1
-        write_tensors(tensors, target.url, is_local=target.is_local, alone=alone)
+        write_tensors(tensors, target.location, is_local=target.is_local, alone=alone)
         own = {n: target.digest(n) for n in target.names() if n.startswith(f"__{engine.rank}_")}
         files = {n: digest for part in engine.gather(own) for n, digest in part.items()}
         all_values = _merge(engine.gather(values))
 
         def commit() -> None:
-            manifest = {
+            manifest: dict[str, Any] = {
                 "format": _FORMAT,
                 "step": step,
                 "kept": kept,
@@ -76,17 +78,18 @@ class Checkpoints:
                 "files": {**files, ".metadata": target.digest(".metadata")},
                 "values": all_values,
             }
-            target.write_json(_MANIFEST, manifest)
+            target.write_json(_MANIFEST, {**manifest, "sha256": _digest(manifest)})
             self._delete_old()
 
         engine.on_main(commit)
 
-    def latest(self) -> int | None:
-        """The step of the newest valid checkpoint; a damaged one is passed over, and said so."""
+    def latest(self, *, at_most: int | None = None) -> int | None:
+        """The step of the newest valid checkpoint, up to a step; says which ones are damaged."""
 
         def find() -> tuple[int | None, list[str]]:
             skipped = []
-            for step in reversed(self._steps()):
+            steps = [step for step in self._steps() if at_most is None or step <= at_most]
+            for step in reversed(steps):
                 try:
                     self._verify(step)
                 except ValueError as error:
@@ -113,10 +116,10 @@ class Checkpoints:
                 for rank in range(manifest["world_size"])
                 if rank != self._engine.rank
             )
-            tensors = read_tensors(target.url, is_local=target.is_local, skip=others)
+            tensors = read_tensors(target.location, is_local=target.is_local, skip=others)
         except ValueError as error:
             raise RunError(f"{target}: damaged checkpoint: {error}") from error
-        return _join(tensors, manifest["values"])
+        return join_state(tensors, manifest["values"])
 
     def _steps(self) -> list[int]:
         """The steps of all that looks like a checkpoint, ascending, whole or not."""
@@ -149,9 +152,9 @@ class Checkpoints:
             raise ValueError("not whole: a save was interrupted") from None
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise ValueError(f"{_MANIFEST}: not of format {_FORMAT}")
-        missing = {"step", "kept", "world_size", "files", "values"} - manifest.keys()
-        if missing:
-            raise ValueError(f"{_MANIFEST}: without {', '.join(sorted(missing))}")
+        digest = manifest.pop("sha256", None)
+        if digest != _digest(manifest):
+            raise ValueError(f"{_MANIFEST} does not match its checksum")
         for name, digest in manifest["files"].items():
             if "/" in name or not target.exists(name):
                 raise ValueError(f"{name} is missing")
@@ -163,10 +166,14 @@ class Checkpoints:
         rolling = []
         for step in self._steps():
             try:
-                if not (self.folder / _name(step)).read_json(_MANIFEST)["kept"]:
-                    rolling.append(step)
-            except (OSError, ValueError, KeyError):
+                manifest = (self.folder / _name(step)).read_json(_MANIFEST)
+            except FileNotFoundError:
                 self._delete(step)  # what an interrupted save left
+            except (OSError, ValueError):
+                continue  # unreadable just now, or damaged: it may be one that is kept
+            else:
+                if isinstance(manifest, dict) and manifest.get("kept") is False:
+                    rolling.append(step)
         for step in rolling[: -self._keep]:
             self._delete(step)
 
@@ -175,7 +182,13 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def split_state(
+    state: dict[str, Any], prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Nested dicts into tensors and JSON values, each by its path `a/b/c`."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -184,7 +197,7 @@ def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], 
         if isinstance(value, Tensor):
             tensors[path] = value.detach()
         elif isinstance(value, dict) and value:
-            inner_tensors, inner_values = _split(value, f"{path}/")
+            inner_tensors, inner_values = split_state(value, f"{path}/")
             tensors.update(inner_tensors)
             values.update(inner_values)
         else:
@@ -192,8 +205,8 @@ def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], 
     return tensors, values
 
 
-def _join(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_split`."""
+def join_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_state`."""
     state: dict[str, Any] = {}
     for path, value in {**values, **tensors}.items():
         *parents, leaf = path.split("/")

@@ -8,7 +8,7 @@ unscale -> `before_update` -> clip -> optimizer -> `after_update`.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -17,12 +17,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from data.errors import RunError, UserError
 from data.loader import Batch
 from train.objective import Objective
-from train.state import Network, Sparsity
+from train.state import Network, TrainState
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -61,7 +60,6 @@ class Engine:
         self._compile, self._sync_batchnorm = compile, sync_batchnorm
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.scaler = self.fresh_scaler()
         if sync_batchnorm and not cuda:
             raise UserError("train.sync_batchnorm = true needs CUDA; leave it out on the CPU")
 
@@ -107,11 +105,9 @@ class Engine:
         """The context in which forward passes run."""
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
 
-    def fresh_scaler(self) -> torch.amp.GradScaler:
-        """Makes and returns the loss scaler of the training that begins (a no-op but for fp16)."""
-        fp16 = self._dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        return self.scaler
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """The loss scaler of a training that begins: it does nothing but for fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self._dtype is torch.float16)
 
     def num_micro_batches(self, batch_size: int) -> int:
         """Into how many parts each rank cuts its share of a global batch: the same on all ranks."""
@@ -125,49 +121,44 @@ class Engine:
 
     # One update --------------------------------------------------------------------------
 
-    def backward(
-        self, network: Network, batch: Batch, objective: Objective, *, step: int, batch_size: int
-    ) -> Tensor:
-        """Gradients of the mean loss over the *global* batch of `batch_size` images.
+    def backward(self, state: TrainState, batch: Batch, objective: Objective) -> Tensor:
+        """Gradients of the mean loss over the *global* batch; `batch` is this rank's share.
 
         Each rank's loss is a sum over its share, divided by the global batch size, so that
         unequal shares and micro-batches weigh every image alike. Returns this rank's part of the
         mean loss, detached: the sum over ranks is the loss of the step.
         """
-        images, targets = objective.mix(batch, step)
+        batch_size, wrapped = state.loader.batch_size, state.network.wrapped
+        images, targets = objective.mix(batch, state.step)
         num_parts = self.num_micro_batches(batch_size)
-        network.module.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         parts = zip(images.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
         for index, (part, target) in enumerate(parts):
-            with self._synchronised(network, index == num_parts - 1):
+            last = index == num_parts - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
                 with self.autocast():
-                    logits = network.wrapped(self.place(part))
+                    logits = wrapped(self.place(part))
                 loss = objective.loss_sum(logits.float(), target) / batch_size
                 # DDP averages over the ranks; we want the sum of their parts.
-                self.scaler.scale(loss * self.world_size).backward()
+                state.scaler.scale(loss * self.world_size).backward()
             total += loss.detach()
         return total
-
-    @contextlib.contextmanager
-    def _synchronised(self, network: Network, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(network.wrapped):
-            yield
 
     def place(self, images: Tensor) -> Tensor:
         """`images` in the memory format of the model."""
         return images.contiguous(memory_format=self._memory_format)
 
-    def update(self, optimizer: Optimizer, sparsity: Sparsity, step: int) -> None:
-        """One optimizer step on the averaged gradients, unless `sparsity` vetoes it."""
-        self.scaler.unscale_(optimizer)
-        if sparsity.before_update(step):
+    def update(self, state: TrainState) -> None:
+        """One optimizer step on the averaged gradients, unless the sparsity vetoes it."""
+        state.scaler.unscale_(state.optimizer)
+        if state.sparsity.before_update(state.step):
             if self.clip is not None:
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
                 nn.utils.clip_grad_norm_(parameters, self.clip)
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        sparsity.after_update(step)
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.sparsity.after_update(state.step)
 
     # Ranks -------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import fsspec
 
+from data.errors import RunError, UserError
+
 
 def fsync_folder(path: Path) -> None:
     """Makes a rename in `path` durable."""
@@ -25,11 +27,10 @@ class Folder:
     def __init__(self, url: str | Path) -> None:
         text = str(url)
         self.url = text if text.endswith("://") else text.rstrip("/") or "/"
-        self._fs, self._path = (
-            fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-            if ("://" in self.url)
-            else fsspec.core.url_to_fs(os.path.abspath(os.path.expanduser(self.url)))
-        )
+        try:
+            self._fs, self._path = _open(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.url}: cannot be opened: {error}") from None
         self.is_local = "file" in self._fs.protocol
 
     def __truediv__(self, name: str) -> "Folder":
@@ -37,6 +38,16 @@ class Folder:
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def parent(self) -> "Folder":
+        """The folder that this one is in; local links are resolved first."""
+        return Folder(os.path.dirname(os.path.realpath(self._path) if self.is_local else self.url))
+
+    @property
+    def location(self) -> str:
+        """The folder as other libraries take it: an absolute path, or a URL."""
+        return str(self._path) if self.is_local else self.url
 
     @property
     def local_path(self) -> Path | None:
@@ -113,6 +124,13 @@ class Folder:
         return f"{self._path}/{name}" if name else self._path
 
 
+def _open(url: str) -> tuple[Any, str]:
+    if "://" not in url:
+        url = os.path.abspath(os.path.expanduser(url))
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # type: ignore[no-any-return]
+
+
 class Journal:
     """An append-only file of JSON lines; opening it again drops a line torn by a crash."""
 
@@ -120,7 +138,7 @@ class Journal:
         self._folder, self._name = folder, name
         content = folder.read(name) if folder.exists(name) else b""
         whole = content[: content.rfind(b"\n") + 1]
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        self.records = [self._parse(line, n) for n, line in enumerate(whole.splitlines(), 1)]
         path = folder.local_path
         self._remote: list[bytes] = []
         if path is None:
@@ -130,6 +148,16 @@ class Journal:
             self._file = open(path / name, "ab")  # noqa: SIM115 - kept open for the run
             if len(whole) < len(content):
                 self._file.truncate(len(whole))
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            where = f"{self._folder}/{self._name}, line {number}"
+            raise RunError(f"{where}: damaged: remove the lines from there on, and go on")
+        return record
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line; a crash of this process does not lose it on a local disk."""

@@ -39,8 +39,10 @@ class Instruments:
             "loss": loss,
             "lr": rate,
             "density": state.sparsity.density,
+            **state.sparsity.facts(),
         }
         self.recorder.record(fact, {"images_per_second": images_per_second})
+        self.display.status.density = state.sparsity.density
         self.display.advance(
             step=state.step, seconds=seconds, images_per_second=images_per_second, loss=loss
         )

@@ -34,7 +34,7 @@ class Plan:
     """steps whose checkpoints are saved and never deleted"""
 
 
-def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instruments) -> Throughput:
+def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instruments) -> None:
     """Trains `state` up to `plan.stop` steps, and leaves the state there.
 
     Raises `RunError` at the first non-finite loss, naming its step (the checkpoint before it
@@ -61,15 +61,9 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
     while state.step < plan.stop:
         batch = next(batches)
         rate = set_learning_rate(state.optimizer, plan.schedule, state.step, plan.learning_rate)
-        loss = engine.backward(
-            state.network,
-            batch,
-            plan.objective,
-            step=state.step,
-            batch_size=state.loader.batch_size,
-        )
+        loss = engine.backward(state, batch, plan.objective)
         health.watch(loss, state.step)
-        engine.update(state.optimizer, state.sparsity, state.step)
+        engine.update(state)
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.model)
@@ -91,7 +85,6 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
         if decision.stop:
             raise Interrupted(f"saved at step {state.step}")
     health.check()
-    return throughput
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -5,7 +5,10 @@ on the machine and the hour stands under `timing`. A resumed run meets facts tha
 recorded already, and leaves them: no line is ever doubled.
 """
 
+import hashlib
 import importlib.util
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,20 +35,29 @@ class LogConfig:
 
 
 class Recorder:
-    """Writes the facts of a run; on rank 0 only, elsewhere it does nothing."""
+    """Writes the facts of a run, on rank 0; without a folder, as elsewhere, it does nothing."""
 
-    def __init__(self, folder: Folder, *, run: str, config: LogConfig, is_main: bool) -> None:
-        self._journal = Journal(folder, "metrics.jsonl") if is_main else None
+    def __init__(
+        self, folder: Folder | None = None, *, run: str = "", config: LogConfig | None = None
+    ) -> None:
+        self._journal = None if folder is None else Journal(folder, "metrics.jsonl")
         records = [] if self._journal is None else self._journal.records
         self._known = {_identity(record) for record in records}
-        self._trackers = _open_trackers(folder, run, config) if is_main else []
+        self._rates: dict[tuple[str, str], list[float]] = {}
+        for record in records:
+            self._remember(record)
+        config = config or LogConfig()
+        self._trackers = [] if folder is None else _open_trackers(folder, run, config)
 
     def record(self, fact: dict[str, Any], timing: dict[str, float] | None = None) -> None:
         """Adds a fact: `event`, `stage`, `level`, `step` (and `split`) say which, the rest what."""
         if self._journal is None or _identity(fact) in self._known:
             return
         self._known.add(_identity(fact))
-        self._journal.append({**fact, "timing": timing} if timing else fact)
+        fact = {k: None if _is_no_number(v) else v for k, v in fact.items()}
+        record = {**fact, "timing": timing} if timing else fact
+        self._journal.append(record)
+        self._remember(record)
         prefix = "/".join(str(fact[k]) for k in ("stage", "level", "split", "event") if k in fact)
         numbers = {
             f"{prefix}/{key}": value
@@ -53,12 +65,31 @@ class Recorder:
             if isinstance(value, int | float) and key not in _IDENTITY
         }
         for tracker in self._trackers:
-            tracker.log(numbers, step=fact["step"])
+            if (
+                tracker.name == "wandb"
+            ):  # its own step only rises, ours goes back to k at each level
+                tracker.log({**numbers, f"{prefix}/step": fact["step"]})
+            else:
+                tracker.log(numbers, step=fact["step"])
+
+    def images_per_second(self, stage: str, level: str) -> float:
+        """The median rate of a level's training, over all attempts at it (rank 0; else 0)."""
+        rates = self._rates.get((stage, level))
+        return statistics.median(rates) if rates else 0.0
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        rate = (record.get("timing") or {}).get("images_per_second")
+        if rate is not None:
+            place = (str(record.get("stage")), str(record.get("level")))
+            self._rates.setdefault(place, []).append(rate)
 
     def sync(self) -> None:
         """Makes the facts so far durable: a checkpoint must not know more than they tell."""
         if self._journal is not None:
             self._journal.sync()
+        for tracker in self._trackers:
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.tracker.flush()
 
     def close(self) -> None:
         """Closes the file and the trackers."""
@@ -72,6 +103,11 @@ def _identity(fact: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(fact.get(key) for key in _IDENTITY)
 
 
+def _is_no_number(value: Any) -> bool:
+    """JSON knows neither NaN nor infinity."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _open_trackers(folder: Folder, run: str, config: LogConfig) -> list[GeneralTracker]:
     trackers: list[GeneralTracker] = []
     for name in config.trackers:
@@ -82,7 +118,8 @@ def _open_trackers(folder: Folder, run: str, config: LogConfig) -> list[GeneralT
                 raise UserError("log.trackers: tensorboard needs a run folder on a local disk")
             trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder.local_path)))
         else:
-            trackers.append(WandBTracker("tombola", name=run, id=run, resume="allow"))
+            identity = hashlib.sha256(folder.location.encode()).hexdigest()[:16]
+            trackers.append(WandBTracker("tombola", name=run, id=identity, resume="allow"))
     for tracker in trackers:
         tracker.start()
     return trackers

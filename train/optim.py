@@ -15,7 +15,8 @@ from data.errors import did_you_mean
 from train.schedule import Schedule
 
 NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_NOT_HERE = ["bnb*", "fused*", "adahessian"]  # other packages, or a second backward pass
+# Other packages, a second backward pass, or state that is more than tensors by parameter.
+_NOT_HERE = ["bnb*", "fused*", "adahessian", "kron*"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class OptimizerConfig:
     """weight decay on normalisations and biases too, as in the papers' recipes"""
 
     def __post_init__(self) -> None:
-        known = [str(name) for name in list_optimizers(exclude_filters=_NOT_HERE)]
+        known = known_optimizers()
         if self.name not in known:
             near = did_you_mean(self.name, known)
             raise ValueError(f"name = {self.name!r} is no timm optimizer{near}")
@@ -42,6 +43,11 @@ class OptimizerConfig:
             raise ValueError(f"momentum = {self.momentum}: must be at least 0 and below 1")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay = {self.weight_decay}: must not be negative")
+
+
+def known_optimizers() -> list[str]:
+    """The names that `OptimizerConfig` takes."""
+    return [str(name) for name in list_optimizers(exclude_filters=_NOT_HERE)]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -69,17 +75,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int, base: float) -> float:
-    """Sets the rate of `step` in every group, and returns it."""
+    """Sets the rate of `step` in every group (times its `lr_scale`), and returns it."""
     rate = base * schedule(step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state by parameter name, so that it survives another order of parameters."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = {
+        str(number): {k: v for k, v in group.items() if _is_saved(v)}
+        for number, group in enumerate(optimizer.param_groups)
+    }
     return {
         "state": {
             names[p]: dict(optimizer.state[p])
@@ -101,8 +110,8 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
     if unknown or len(saved["groups"]) != len(optimizer.param_groups):
         raise ValueError(f"optimizer state of another model: {', '.join(sorted(unknown)[:3])}")
     groups = [
-        {**values, "params": [index[p] for p in group["params"]]}
-        for group, values in zip(optimizer.param_groups, saved["groups"], strict=True)
+        {**group, **saved["groups"][str(number)], "params": [index[p] for p in group["params"]]}
+        for number, group in enumerate(optimizer.param_groups)
     ]
     state = {
         number: {k: _own(v, p) for k, v in saved["state"][names[p]].items()}
@@ -110,6 +119,13 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
         if names[p] in saved["state"]
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _is_saved(value: Any) -> bool:
+    """Tensors and plain values; parameters and types are those of the fresh optimizer."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, int | float | str) for item in value)
+    return value is None or isinstance(value, Tensor | int | float | str)
 
 
 def _own(value: Any, parameter: nn.Parameter) -> Any:

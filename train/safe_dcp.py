@@ -101,7 +101,9 @@ def write_tensors(tensors: dict[str, Tensor], url: str, *, is_local: bool, alone
         with _without_warning():
             dcp.save(tensors, storage_writer=writer, no_dist=alone)
     except dcp.CheckpointException as error:
-        raise error.failures[min(error.failures)][0] from error
+        cause = error.failures[min(error.failures)][0]
+        vars(cause)["met_by_all"] = True  # DCP tells every rank what one rank met
+        raise cause from error
 
 
 def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -116,8 +118,12 @@ def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dic
             raise ValueError(f"{name} is not a tensor")
         if not name.startswith(skip):
             wanted[name] = torch.empty(item.size, dtype=item.properties.dtype)
-    with _without_warning():
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
+    try:
+        with _without_warning():
+            dcp.load(wanted, storage_reader=reader, no_dist=True)
+    except dcp.CheckpointException as error:
+        cause = error.failures[min(error.failures)][0]
+        raise ValueError(f"cannot be read: {cause}") from error
     return wanted
 
 

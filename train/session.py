@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -61,7 +62,8 @@ class Outcome:
     """What a phase came to; the network that was trained holds the final weights."""
 
     evaluations: dict[str, Evaluation]
-    images_per_second: float
+    sparsity: Sparsity
+    """as it ended: a method may have changed its masks"""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,18 @@ class Session:
         )
         length = Duration.parse(self.settings.train.total)
         self.total_steps = length.steps(self.data.steps_per_epoch)
-        if self.total_steps < 1:
-            raise UserError(f"train.total = {self.settings.train.total!r}: no step to train")
+        lengths = {"train.total": self.settings.train.total}
+        lengths["train.evaluate"] = self.settings.train.evaluate or "1it"
+        lengths["checkpoint.every"] = self.settings.checkpoint.every or "1it"
+        for key, text in lengths.items():
+            if self.steps(text) < 1:
+                raise UserError(f"{key} = {text!r}: is less than one step")
+        mixes = self.settings.train.mixup or self.settings.train.cutmix
+        if mixes and self.settings.data.batch_size % (2 * engine.world_size):
+            raise UserError(
+                f"data.batch_size = {self.settings.data.batch_size}: train.mixup and train.cutmix "
+                f"pair the images of each rank: choose a multiple of {2 * engine.world_size}"
+            )
 
     # Lengths and networks ----------------------------------------------------------------
 
@@ -126,10 +138,24 @@ class Session:
         """A seed of the run for one purpose."""
         return stream_seed(self.settings.seed, *labels)
 
-    def build_network(self) -> Network:
-        """The session's network with its initial weights, ready for training."""
+    def build_network(self, model: nn.Module | None = None) -> Network:
+        """A model ready for training: by default the session's, with its initial weights.
+
+        Raises `UserError` where it does not take the data set's images.
+        """
+        model = self.model_spec.build(self.seed("init")) if model is None else model
         example = self.engine.example(self.data.image_shape, self.settings.data.batch_size)
-        return self.engine.prepare(self.model_spec.build(self.seed("init")), example)
+        try:
+            with torch.no_grad():
+                model.eval()(example[:2].to(next(model.parameters()).device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            shape = "x".join(map(str, self.data.image_shape))
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"model.name = {self.settings.model.name!r} does not take images of {shape}: "
+                f"{reason}"
+            ) from None
+        return self.engine.prepare(model.train(), example)
 
     # Training ----------------------------------------------------------------------------
 
@@ -165,14 +191,13 @@ class Session:
             held_out=self._held_out(),
             identity={"stage": phase.stage, "level": phase.level},
         )
-        throughput = fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
-        rate = throughput.images_per_second
+        fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
         evaluations = {}
         for split, images in self.data.evaluation.items():
             evaluations[split] = evaluate(state.evaluated, images, self.engine)
             instruments.record_evaluation(state, split, evaluations[split])
         self.recorder.sync()
-        return Outcome(evaluations, rate)
+        return Outcome(evaluations, state.sparsity)
 
     def _begin(
         self, phase: Phase, network: Network, start: Start, make_sparsity: MakeSparsity
@@ -190,7 +215,7 @@ class Session:
             network=network,
             optimizer=optimizer,
             sparsity=sparsity,
-            scaler=self.engine.fresh_scaler(),
+            scaler=self.engine.make_scaler(),
             loader=loader,
             ema=None if decay is None else ModelEmaV3(network.module, decay=decay),
             rank=self.engine.rank,
@@ -198,7 +223,7 @@ class Session:
             step=phase.start,
         )
         checkpoints = self.checkpoints(phase.name)
-        latest = checkpoints.latest()
+        latest = checkpoints.latest(at_most=phase.stop)
         if latest is not None:
             state.load_state_dict(checkpoints.load(latest))
             self.display.say(f"{phase.name}: goes on at step {latest} of {phase.stop}")
@@ -219,8 +244,8 @@ class Session:
                 seed=self.seed(*phase.seed_labels),
             ),
             log_every=settings.log.every,
-            evaluate_every=None if every is None else max(1, self.steps(every)),
-            save_every=None if save is None else max(1, self.steps(save)),
+            evaluate_every=None if every is None else self.steps(every),
+            save_every=None if save is None else self.steps(save),
             keep=phase.keep | {phase.stop},
         )
 

@@ -1,5 +1,6 @@
 """The sections of a configuration that every method shares."""
 
+import math
 from dataclasses import dataclass, field
 
 from data.sources import DataConfig
@@ -51,11 +52,11 @@ class TrainConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema = {self.ema}: must be between 0 and 1")
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
         for name in ("micro_batch", "clip", "timeout"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value}: must be above 0")
 
 

@@ -56,27 +56,26 @@ class Signals:
 
     def poll(self) -> Decision:
         """After each step, on all ranks: what to do now."""
+        agreed = self._finish()
         due = self._is_main and time.monotonic() - self._last_save >= self._save_seconds
-        own = torch.tensor([due, self._signalled], dtype=torch.int32)
+        # What is about to be saved is not asked for once more.
+        own = Decision(save=due and not agreed.save, stop=self._signalled)
         if self._world_size == 1:
-            agreed: torch.Tensor | None = own
-        else:
-            agreed = self._finish()
-            work = dist.all_reduce(own, dist.ReduceOp.MAX, async_op=True)
-            self._pending = own, work
-        if agreed is None:
-            return Decision(save=False, stop=False)
-        save, stop = (bool(flag) for flag in agreed.tolist())
-        return Decision(save, stop)
+            return own
+        flags = torch.tensor([own.save, own.stop], dtype=torch.int32)
+        self._pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+        return agreed
 
-    def _finish(self) -> torch.Tensor | None:
+    def _finish(self) -> Decision:
+        """What the ranks agreed on in the last poll."""
         if self._pending is None:
-            return None
+            return Decision(save=False, stop=False)
         flags, work = self._pending
         if work is not None:
             work.wait()
         self._pending = None
-        return flags
+        save, stop = (bool(flag) for flag in flags.tolist())
+        return Decision(save, stop)
 
     def drain(self) -> None:
         """Waits for what is still under way, before the process group ends."""

@@ -28,11 +28,18 @@ class Sparsity(Protocol):
         ...
 
     def before_update(self, step: int) -> bool:
-        """Sees the dense gradients, averaged over ranks and unscaled; `False` vetoes the step."""
+        """Sees the dense gradients, averaged over ranks and unscaled; `False` vetoes the step.
+
+        After an overflow in fp16 they are not finite, and the optimizer skips this step.
+        """
         ...
 
     def after_update(self, step: int) -> None:
         """Restores the method's invariants on weights and optimizer state."""
+        ...
+
+    def facts(self) -> dict[str, float]:
+        """What the method wants recorded beside the loss: a penalty, a rate of exploration."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -51,6 +58,9 @@ class Dense:
 
     def after_update(self, step: int) -> None:
         pass
+
+    def facts(self) -> dict[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

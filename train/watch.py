@@ -1,7 +1,8 @@
 """What watches a training without holding it up: the loss's health, and the throughput."""
 
+import contextlib
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ class Health:
         step = int(self._engine.reduce(self._first_bad, "min"))
         if step != self._NEVER:
             raise RunError(
-                f"the loss is not finite at step {step}; the checkpoint before it stays. Lower "
-                "optimizer.lr, set train.clip, or choose train.precision = 'bf16' instead of 'fp16'"
+                f"the loss is not finite at step {step}; no checkpoint holds it. Lower "
+                "optimizer.lr, set train.clip, or choose train.precision = 'bf16' instead of "
+                "'fp16', under another --name"
             )
 
 
@@ -37,41 +39,26 @@ class Throughput:
     """Images per second of training alone: evaluation and saving stop the clock."""
 
     def __init__(self) -> None:
-        self._started = self._lap_started = time.perf_counter()
+        self._started = time.perf_counter()
         self._paused = 0.0
-        self._images = self._lap_images = 0
-        self._lap_paused = 0.0
+        self._images = 0
 
     def count(self, images: int) -> None:
         self._images += images
 
-    def paused(self) -> "_Pause":
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """A context in which the clock stands still."""
-        return _Pause(self)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - started
 
     def lap(self) -> tuple[float, float]:
         """Wall seconds, pauses included, and images per second since the last lap."""
         now = time.perf_counter()
-        wall = now - self._lap_started
-        seconds = wall - (self._paused - self._lap_paused)
-        rate = (self._images - self._lap_images) / max(seconds, 1e-9)
-        self._lap_started, self._lap_paused, self._lap_images = now, self._paused, self._images
+        wall = now - self._started
+        rate = self._images / max(wall - self._paused, 1e-9)
+        self._started, self._paused, self._images = now, 0.0, 0
         return wall, rate
-
-    @property
-    def images_per_second(self) -> float:
-        """Over the whole of this `fit`; 0 if nothing was trained."""
-        seconds = time.perf_counter() - self._started - self._paused
-        return self._images / max(seconds, 1e-9)
-
-
-@dataclass
-class _Pause:
-    throughput: Throughput
-    started: float = 0.0
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.throughput._paused += time.perf_counter() - self.started

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from data.augment import Augmentation
+from data.augment import Augmentation, Augmenter
 from data.loader import MemoryEvaluationSet, MemoryLoader
 from launch.bench.measure import interleaved, median_ratio, report
 from pruning.fixed import FixedMasks
@@ -18,7 +18,7 @@ from train.engine import Engine, Precision
 from train.files import Folder
 from train.instruments import Instruments
 from train.loop import Plan, fit
-from train.metrics import LogConfig, Recorder
+from train.metrics import Recorder
 from train.objective import Objective
 from train.optim import OptimizerConfig, build_optimizer
 from train.progress import Display
@@ -72,9 +72,9 @@ def _through_fit(
         network=network,
         optimizer=optimizer,
         sparsity=FixedMasks(masks, network.module, optimizer),
-        scaler=engine.fresh_scaler(),
+        scaler=engine.make_scaler(),
         loader=MemoryLoader(
-            images, labels, batch_size=batch_size, seed=0, augmentation=Augmentation()
+            Augmenter(images, Augmentation()), labels, batch_size=batch_size, seed=0
         ),
         ema=None,
         rank=0,
@@ -83,7 +83,7 @@ def _through_fit(
     display = Display(shown=False)
     instruments = Instruments(
         Checkpoints(folder, engine, keep=1),
-        Recorder(folder, run="bench", config=LogConfig(), is_main=True),
+        Recorder(folder),
         display,
         Signals(world_size=1, is_main=True, save_minutes=1e9),
         held_out=(

@@ -1,0 +1,118 @@
+"""What every ticket method does for each ticket: look, choose masks, train, write.
+
+A method is a program of arms. An arm whose `ticket.json` is there is finished; one whose masks
+were chosen goes on with these masks, whatever choosing them again would give; and its training
+goes on from its newest checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pruning.fixed import FixedMasks
+from pruning.masks import Masks
+from pruning.tickets import Ticket, TicketFolder, software_versions
+from train.schedule import Schedule
+from train.session import MakeSparsity, Phase, Session, Start
+from train.state import Network
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a method: a ticket, or a control beside it."""
+
+    stage: str
+    method: str
+    level: int
+    masks: Callable[[], Masks]
+    """chooses the masks; not called again once they are chosen"""
+    start: Callable[[], Start]
+    first_step: int
+    stop: int
+    schedule: Schedule
+    seed_labels: tuple[str | int, ...]
+    parent: Ticket | None = None
+    control: bool = False
+    rewind_step: int = 0
+    """k, which the ticket records"""
+    weights: Callable[[Start], str | None] = lambda start: None
+    """stores the state that the ticket starts from; called when the training is done"""
+    keep: frozenset[int] = frozenset()
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The level's folder: `level-07`, and a control's `level-07-random`."""
+        return f"level-{self.level:02d}" + (f"-{self.method}" if self.control else "")
+
+
+def train_ticket(
+    session: Session,
+    tickets: TicketFolder,
+    network: Network,
+    arm: Arm,
+    make_sparsity: Callable[[Masks], MakeSparsity] | None = None,
+) -> Ticket:
+    """The finished ticket of an arm; trains only what is not finished yet.
+
+    The sparsity is `FixedMasks` unless `make_sparsity` gives another; the ticket has the masks
+    with which the training ended. Raises `RunError` where the ranks come to different masks.
+    """
+    engine = session.engine
+    finished = engine.on_main(lambda: tickets.find(arm.stage, arm.name))
+    if finished is not None:
+        session.display.skip(arm.stop - arm.first_step)
+        return finished
+    chosen = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
+    if chosen is None:
+        chosen = arm.masks()
+        engine.require_same(chosen.digest(), f"the masks of {arm.stage}/{arm.name}")
+        engine.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, chosen))
+    on_device, start = chosen.to(engine.device), arm.start()
+    make = (make_sparsity or _fixed)(on_device)
+    phase = Phase(
+        arm.stage,
+        arm.name,
+        start=arm.first_step,
+        stop=arm.stop,
+        schedule=arm.schedule,
+        seed_labels=arm.seed_labels,
+        keep=arm.keep,
+    )
+    outcome = session.train(phase, network, start, make)
+    masks = Masks(outcome.sparsity.masks).to("cpu")
+    engine.require_same(masks.digest(), f"the masks of {arm.stage}/{arm.name}")
+    ticket = Ticket(
+        method=arm.method,
+        level=arm.level,
+        control=arm.control,
+        density=masks.density,
+        masks=masks,
+        model=session.model_spec,
+        step=arm.rewind_step,
+        weights_digest=arm.weights(start),
+        parent=None if arm.parent is None else arm.parent.id,
+        config={**arm.config, "settings": asdict(session.settings)},
+        metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
+        timing={"images_per_second": session.recorder.images_per_second(arm.stage, arm.name)},
+        versions=software_versions(),
+        stage=arm.stage,
+        name=arm.name,
+        objects=tickets.objects,
+    )
+    engine.on_main(lambda: tickets.write(ticket))
+    session.display.say(_line(ticket))
+    return ticket
+
+
+def _fixed(masks: Masks) -> MakeSparsity:
+    return lambda model, optimizer: FixedMasks(masks, model, optimizer)
+
+
+def _line(ticket: Ticket) -> str:
+    accuracy = "  ".join(
+        f"{split} accuracy {values['accuracy']:.4f}" for split, values in ticket.metrics.items()
+    )
+    rate = ticket.timing["images_per_second"]
+    name = f"{ticket.stage}/{ticket.name}"
+    return f"{name}: density {ticket.density:.2%}  {accuracy}  {rate:,.0f} images/s"
