@@ -1,5 +1,6 @@
 """A run's folder belongs to one configuration, and to one process at a time."""
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -7,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +28,9 @@ _NO_RESULTS = {"config.toml", "environment.json", "metrics.jsonl", "tensorboard"
 """what a run writes before it has anything to lose"""
 
 
-def claim(folder: Folder, config: RunConfig, engine: Engine) -> IO[str] | None:
-    """Makes the folder this run's, and returns the lock that keeps other processes out (rank 0).
+@contextlib.contextmanager
+def claimed(folder: Folder, config: RunConfig, engine: Engine) -> Iterator[None]:
+    """A context in which the folder is this run's, and locked against other processes.
 
     Raises `UserError` where it holds results of another configuration, naming the differences, or
     where another process works in it (found out on a local disk only).
@@ -42,8 +45,12 @@ def claim(folder: Folder, config: RunConfig, engine: Engine) -> IO[str] | None:
         folder.write("config.toml", tomli_w.dumps(config.document()).encode())
         folder.write_json("environment.json", [*_attempts(folder), environment(engine)])
 
-    engine.on_main(take)
-    return held[0] if held else None
+    try:
+        engine.on_main(take)
+        yield
+    finally:
+        for lock in held:
+            lock.close()
 
 
 def environment(engine: Engine) -> dict[str, Any]:

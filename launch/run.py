@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from launch.claim import claim
+from launch.claim import claimed
 from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
 from launch.summary import summarise
@@ -26,30 +26,27 @@ def run(path: str, overrides: Sequence[str], *, root: str) -> None:
 def run_config(config: RunConfig, *, root: str) -> None:
     """The same for a configuration that was read already."""
     engine = make_engine(config.stages[0])
-    name = config.settings.name
-    folder = Folder(root) / name
-    lock = claim(folder, config, engine)
-    recorder = open_recorder(folder, config, engine)
-    display = Display(shown=engine.is_main)
-    signals = Signals(
-        world_size=engine.world_size,
-        is_main=engine.is_main,
-        save_minutes=config.settings.checkpoint.minutes,
-    )
-    try:
-        with signals:
-            for stage in config.stages:
-                engine = make_engine(stage)
-                session = Session(stage.settings, engine, folder, recorder, display, signals)
-                RECIPES[stage.recipe].run(session, stage.name, stage.config)
-            signals.drain()
-    finally:
-        display.close()
-        recorder.close()
-    engine.on_main(lambda: summarise(TicketFolder(folder).all(), folder))
-    engine.close()
-    if lock is not None:
-        lock.close()
+    folder = Folder(root) / config.settings.name
+    with claimed(folder, config, engine):
+        recorder = open_recorder(folder, config, engine)
+        display = Display(shown=engine.is_main)
+        signals = Signals(
+            world_size=engine.world_size,
+            is_main=engine.is_main,
+            save_minutes=config.settings.checkpoint.minutes,
+        )
+        try:
+            with signals:
+                for stage in config.stages:
+                    engine = make_engine(stage)
+                    session = Session(stage.settings, engine, folder, recorder, display, signals)
+                    RECIPES[stage.recipe].run(session, stage.name, stage.config)
+                signals.drain()
+        finally:
+            display.close()
+            recorder.close()
+        engine.on_main(lambda: summarise(TicketFolder(folder).all(), folder))
+        engine.close()
 
 
 def open_recorder(folder: Folder, config: RunConfig, engine: Engine) -> Recorder:
