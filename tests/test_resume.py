@@ -215,8 +215,6 @@ def test_a_damaged_end_of_a_level_names_the_remedy(reference: Path, tmp_path: Pa
     assert run_ranks(1, killed_run, words, "two levels", 2) == [KILLED]
     level = tmp_path / "tiny/imp/level-01"
     (level / "checkpoints/step-00000039/__0_0.distcp").write_bytes(b"damaged")
-    assert tombola(*words) == [0]  # level-01-random is next, and does not need it
-    shutil.rmtree(tmp_path / "tiny/imp/level-02")
     assert tombola(*words, output=tmp_path / "out") == [1]
     assert f"remove {level} to train that level again" in (tmp_path / "out.0").read_text()
     shutil.rmtree(level)

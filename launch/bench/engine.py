@@ -26,7 +26,7 @@ from train.schedule import constant
 from train.signals import Signals
 from train.state import TrainState
 
-ROUNDS = 9
+ROUNDS = 21
 
 
 def bench_engine(*, as_json: bool) -> None:
@@ -36,7 +36,7 @@ def bench_engine(*, as_json: bool) -> None:
     also draws its batches by `SampleOrder`, holds a dense ticket's masks, logs, polls for signals.
     """
     cuda = torch.cuda.is_available()
-    name, size, batch_size, steps = ("resnet50", 224, 256, 30) if cuda else ("resnet18", 64, 32, 8)
+    name, size, batch_size, steps = ("resnet50", 224, 256, 20) if cuda else ("resnet18", 64, 32, 3)
     precision: Precision = "bf16" if cuda else "fp32"
     engine = Engine(precision=precision, channels_last=cuda)
     images = torch.randn(2 * batch_size, 3, size, size, device=engine.device)
@@ -118,7 +118,7 @@ def _bare_loop(
     device = engine.device
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = timm.create_model(name).to(device).to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     batches = [
         (
             images[start : start + batch_size].to(memory_format=layout),

@@ -16,10 +16,14 @@ from pruning.tickets import software_versions
 def interleaved(
     first: Callable[[], object], second: Callable[[], object], *, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Wall seconds of each, `rounds` times in turn, after one uncounted round of both."""
+    """Wall seconds of each, `rounds` times in turn, after one uncounted round of both.
+
+    Which of the two goes first changes with every round.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(rounds + 1):
-        for work, into in zip((first, second), times, strict=True):
+        pair = list(zip((first, second), times, strict=True))
+        for work, into in reversed(pair) if index % 2 else pair:
             started = time.perf_counter()
             work()
             wait_for_device()
