@@ -13,7 +13,7 @@ from pruning.fixed import FixedMasks
 from pruning.masks import Masks
 from pruning.tickets import Ticket, TicketFolder, software_versions
 from train.schedule import Schedule
-from train.session import MakeSparsity, Phase, Session, Start
+from train.session import MakeSparsity, Outcome, Phase, Session, Start
 from train.state import Network
 
 
@@ -80,9 +80,19 @@ def train_ticket(
         keep=arm.keep,
     )
     outcome = session.train(phase, network, start, make)
+    ticket = _describe(session, tickets, arm, outcome, arm.weights(start))
+    engine.require_same(ticket.masks.digest(), f"the masks of {arm.stage}/{arm.name}")
+    engine.on_main(lambda: tickets.write(ticket))
+    session.display.say(_line(ticket))
+    return ticket
+
+
+def _describe(
+    session: Session, tickets: TicketFolder, arm: Arm, outcome: Outcome, weights: str | None
+) -> Ticket:
+    """The ticket of a training that has ended."""
     masks = Masks(outcome.sparsity.masks).to("cpu")
-    engine.require_same(masks.digest(), f"the masks of {arm.stage}/{arm.name}")
-    ticket = Ticket(
+    return Ticket(
         method=arm.method,
         level=arm.level,
         control=arm.control,
@@ -90,7 +100,7 @@ def train_ticket(
         masks=masks,
         model=session.model_spec,
         step=arm.rewind_step,
-        weights_digest=arm.weights(start),
+        weights_digest=weights,
         parent=None if arm.parent is None else arm.parent.id,
         config={**arm.config, "settings": asdict(session.settings)},
         metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
@@ -100,9 +110,6 @@ def train_ticket(
         name=arm.name,
         objects=tickets.objects,
     )
-    engine.on_main(lambda: tickets.write(ticket))
-    session.display.say(_line(ticket))
-    return ticket
 
 
 def _fixed(masks: Masks) -> MakeSparsity:
