@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT = 120
+_TIMEOUT = 280
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["launch.run", "launch.cli", "sklearn.datasets", "matplotlib.figure"]
