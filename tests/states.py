@@ -1,13 +1,38 @@
 """A `TrainState` around any model: what the engine's verbs need, and no more."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.augment import Augmentation, Augmenter
 from data.loader import MemoryLoader
 from train.engine import Engine
-from train.state import Dense, Network, Sparsity, TrainState
+from train.state import Network, Sparsity, TrainState
+
+
+class Dense:
+    """No sparsity: every step is taken, nothing is masked."""
+
+    masks: Mapping[str, Tensor] = {}
+    density = 1.0
+
+    def before_update(self, step: int) -> bool:
+        return True
+
+    def after_update(self, step: int) -> None:
+        pass
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def state_of(

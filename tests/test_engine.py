@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from states import state_of
+from states import Dense, state_of
 from torch import nn
 
 from data.augment import Augmentation, Augmenter
@@ -24,7 +24,6 @@ from train.optim import OptimizerConfig, build_optimizer
 from train.progress import Display
 from train.schedule import constant
 from train.signals import Signals
-from train.state import Dense
 
 
 def batch(size: int = 12) -> Batch:

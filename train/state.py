@@ -47,28 +47,6 @@ class Sparsity(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Dense:
-    """No sparsity: every step is taken, nothing is masked."""
-
-    masks: Mapping[str, Tensor] = {}
-    density = 1.0
-
-    def before_update(self, step: int) -> bool:
-        return True
-
-    def after_update(self, step: int) -> None:
-        pass
-
-    def facts(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Network:
     """A model in both its forms: with its own parameter names, and as DDP runs it."""
