@@ -11,7 +11,7 @@ COPY train train
 COPY pruning pruning
 COPY launch launch
 RUN python -m venv /opt/tombola \
- && /opt/tombola/bin/pip install --no-cache-dir ".[tensorboard]"
+ && /opt/tombola/bin/pip install --no-cache-dir ".[dali,tensorboard]"
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="tombola" \

@@ -1,8 +1,8 @@
 """The seam between images and training: `Batch`, `Loader`, `EvaluationSet`.
 
 A loader is an endless stream of this rank's shares of the global batches, from a position that
-is one integer. Here it reads images that live on the device; a loader that decodes files
-implements the same protocol.
+is one integer. The loader here reads images that live on the device; `data.stream` has the one
+that decodes files.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,16 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class Replacement(NamedTuple):
+    """A training image that could not be decoded, and what the batch of `step` showed instead."""
+
+    step: int
+    """counted as `TrainState.step` is after that batch"""
+    image: str
+    by: str
+    reason: str
+
+
 class Loader(Protocol):
     """Training batches from a given step on, without end."""
 
@@ -40,6 +50,15 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
+    @property
+    def skips_bad(self) -> bool:
+        """Whether images that cannot be decoded are replaced: the same on all ranks."""
+        ...
+
+    def replacements(self) -> list[Replacement]:
+        """What this rank had to replace in the batches handed out since the last call."""
+        ...
+
 
 class EvaluationSet(Protocol):
     """This rank's share of a data set, each image of which belongs to exactly one rank."""
@@ -48,6 +67,15 @@ class EvaluationSet(Protocol):
     def num_samples(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+
+def check_shares(batch_size: int, world_size: int) -> None:
+    """Raises `UserError` where a rank would have no image in a step."""
+    if batch_size < world_size:
+        raise UserError(
+            f"data.batch_size = {batch_size} is smaller than the {world_size} ranks: each rank "
+            "needs at least one image a step"
+        )
 
 
 class MemoryLoader:
@@ -63,11 +91,7 @@ class MemoryLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < world_size:
-            raise UserError(
-                f"data.batch_size = {batch_size} is smaller than the {world_size} ranks: "
-                "each rank needs at least one image a step"
-            )
+        check_shares(batch_size, world_size)
         self.order = SampleOrder(len(labels), batch_size, seed)
         self._augment = images
         self._labels = labels
@@ -96,6 +120,12 @@ class MemoryLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._position = state["position"]
+
+    skips_bad = False
+
+    def replacements(self) -> list[Replacement]:
+        """None: all images are there."""
+        return []
 
 
 class MemoryEvaluationSet:

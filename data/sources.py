@@ -1,68 +1,34 @@
-"""The data sets: digits (ships with scikit-learn), CIFAR-10 and CIFAR-100 (through torchvision).
+"""Opens a configuration's data set: the one place that knows which loader serves which source."""
 
-`open_data` is the one place that knows which loader serves which source.
-"""
-
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from data.augment import Augmentation, Augmenter, Normalisation
-from data.errors import UserError, did_you_mean
+from data.arrays import READERS, ImageArrays, Split
+from data.augment import Augmentation, Augmenter
+from data.catalogue import Catalogue, Manifest, Progress, silent
+from data.cataloguing import cache_name, load_catalogue, make_catalogue
+from data.config import IN_MEMORY, DataConfig
+from data.encoded import EncodedImages
+from data.errors import UserError
+from data.files import Folder
 from data.loader import EvaluationSet, Loader, MemoryEvaluationSet, MemoryLoader
-from data.order import random_permutation
+from data.order import SampleOrder
+from data.pipeline import Decoding, default_threads, require_dali
+from data.record import Record, record_of_arrays, record_of_files
+from data.stream import FileEvaluationSet, FileLoader, SizeOfEpoch, TrainingView
 
-_SPLIT_SEED = 1797  # fixed: every run of every seed has the same digits split
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images are and how large a batch is."""
-
-    source: str = "digits"
-    """digits, cifar10 or cifar100"""
-    root: str = "~/.cache/tombola"
-    """folder of the data set (digits needs none)"""
-    batch_size: int = 128
-    """images per optimizer step over all ranks: the same on 1 GPU and on 64"""
-    eval_batch_size: int = 1024
-    """images per evaluation batch and rank"""
-    augment: bool = True
-    """random shifts, and flips where they make sense, of the training images"""
-
-    def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            known = ", ".join(SOURCES)
-            near = did_you_mean(self.source, SOURCES)
-            raise ValueError(f"source = {self.source!r} is not known{near} (known: {known})")
-        for name in ("batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+_MOST_EVALUATED = 256  # decoded images wait in memory, several batches of them
 
 
-@dataclass(frozen=True)
-class Split:
-    """`images: [N, C, H, W] uint8`, `labels: [N] int64`."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class ImageArrays:
-    """A data set that fits in memory, with what is to be known about its pixels."""
-
-    train: Split
-    validation: Split | None
-    test: Split
-    normalisation: Normalisation
-    augmentation: Augmentation
-    classes: tuple[str, ...]
+class MakeLoader(Protocol):
+    def __call__(self, seed: int, size_of_epoch: SizeOfEpoch | None = None) -> Loader:
+        """A loader of a random stream; image files get the size that an epoch has."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,137 +36,206 @@ class Data:
     """An opened data set: `loader(seed)` for training, `evaluation[split]` for measuring."""
 
     image_shape: tuple[int, int, int]
+    """of the largest training images: channels, height, width"""
+    all_shapes: tuple[tuple[int, int, int], ...]
+    """the smallest and largest shapes that a network meets in training, and that in evaluation"""
     classes: tuple[str, ...]
     steps_per_epoch: int
-    loader: Callable[[int], Loader]
+    loader: MakeLoader
     evaluation: dict[str, EvaluationSet]
 
 
-def digits(root: str) -> ImageArrays:
-    """scikit-learn's 1,797 real 8x8 digits: 1,258 train, 180 validation, 359 test, stratified."""
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True)
+class Placement:
+    """For whom batches are made: a rank, its device, and the form in which it wants images."""
 
-    bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = bunch.target.astype(np.int64)
-    test, validation, train = _stratified(labels, (0.2, 0.1))
-    pixels = images[train] / 255
-    return ImageArrays(
-        train=Split(images[train], labels[train]),
-        validation=Split(images[validation], labels[validation]),
-        test=Split(images[test], labels[test]),
-        normalisation=Normalisation((float(pixels.mean()),), (float(pixels.std()),)),
-        augmentation=Augmentation(max_shift=1),
-        classes=tuple(str(name) for name in bunch.target_names),
-    )
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+    """on CUDA; elsewhere images are float32"""
+    channels_last: bool = False
 
 
-def _stratified(labels: NDArray[np.int64], fractions: tuple[float, ...]) -> list[NDArray[np.int64]]:
-    """Cuts the samples into `len(fractions) + 1` parts, each class in the same proportions."""
-    shuffled = random_permutation(_SPLIT_SEED, len(labels))
-    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(len(fractions) + 1)]
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        cuts = np.round(np.cumsum(fractions) * len(members)).astype(np.int64)
-        for part, chunk in zip(parts, np.split(members, cuts), strict=True):
-            part.append(chunk)
-    return [np.sort(np.concatenate(part)) for part in parts]
+def prepare_data(
+    config: DataConfig, cache: Folder, progress: Progress = silent
+) -> tuple[Record, str]:
+    """Looks at the data once, before any rank opens them: their record, and a token for those.
+
+    Of image files, the catalogue is made or brought up to date in `cache`. Raises `UserError` where
+    the data are missing, or images are bad and may not be skipped.
+    """
+    if config.kind in IN_MEMORY:
+        return record_of_arrays(config.kind, READERS[config.kind](config.place)), ""
+    require_dali()
+    name = cache_name(config.kind, config.place)
+    kept = cache.read(name) if cache.exists(name) else None
+    catalogue = make_catalogue(config.kind, config.place, kept=kept, progress=progress)
+    content = catalogue.to_bytes()
+    if content != kept:
+        cache.write(name, content)
+    _check(catalogue, config)
+    return record_of_files(config.kind, catalogue), hashlib.sha256(content).hexdigest()
 
 
-def _cifar(root: str, *, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageArrays:
-    from torchvision import datasets
-
-    kind = getattr(datasets, name)
-    folder = Path(root).expanduser()
-    try:
-        parts = [kind(folder, train=train) for train in (True, False)]
-    except RuntimeError:
-        download = (
-            f"import torchvision; torchvision.datasets.{name}({str(folder)!r}, download=True)"
-        )
-        raise UserError(
-            f"data.root = {str(folder)!r} holds no complete {name}; set data.root to its folder, "
-            f'or download it: python -c "{download}"'
-        ) from None
-    train, test = (
-        Split(
-            np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)),
-            np.asarray(part.targets, dtype=np.int64),
-        )
-        for part in parts
-    )
-    return ImageArrays(
-        train=train,
-        validation=None,
-        test=test,
-        normalisation=Normalisation(mean, std),
-        augmentation=Augmentation(max_shift=4, flip=True),
-        classes=tuple(parts[0].classes),
-    )
+def _check(catalogue: Catalogue, config: DataConfig) -> None:
+    where = f"data.root = {config.place!r}"
+    if "train" not in catalogue.splits:
+        raise UserError(f"{where}: there are no training images")
+    if len(catalogue.splits) == 1:
+        raise UserError(f"{where}: nothing is held out, as val or test")
+    train = catalogue.splits["train"]
+    counts = np.bincount(train.labels, minlength=len(catalogue.classes))
+    if not counts.all():
+        name = catalogue.classes[int(np.argmin(counts))]
+        raise UserError(f"{where}: class {name!r} has no training images")
+    for split, manifest in catalogue.splits.items():
+        if len(manifest) == 0:
+            raise UserError(f"{where}: there are no {split} images")
+        bad = np.flatnonzero(manifest.problems)
+        if len(bad) and (split != "train" or config.on_bad == "error"):
+            first = int(bad[0])
+            remedy = "mend or remove them (`tombola data verify` lists them all)"
+            if split == "train":
+                remedy += ", or go on without them with --data.on-bad skip"
+            raise UserError(
+                f"{where}: {len(bad)} of {len(manifest)} {split} images cannot be used: "
+                f"{manifest.where(first)} is {manifest.problem(first)}"
+                f"{' ...' if len(bad) > 1 else ''}; {remedy}"
+            )
 
 
-def cifar10(root: str) -> ImageArrays:
-    """CIFAR-10 in its python batches, as torchvision reads them: 50,000 train, 10,000 test."""
-    return _cifar(root, name="CIFAR10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-
-
-def cifar100(root: str) -> ImageArrays:
-    """CIFAR-100, fine labels: 50,000 train, 10,000 test."""
-    return _cifar(
-        root, name="CIFAR100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
-    )
-
-
-IN_MEMORY: dict[str, Callable[[str], ImageArrays]] = {
-    "digits": digits,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-}
-ON_DISK = ("imagenet",)
-SOURCES = (*IN_MEMORY, *ON_DISK)
-
-
-def open_data(config: DataConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
+def open_data(
+    config: DataConfig, place: Placement, *, cache: Folder | None = None, token: str = ""
+) -> Data:
     """Opens the data set of `config` for one rank.
 
-    Raises `UserError` where the data are missing, naming the folder and how to get them.
+    Image files are opened by the catalogue that `prepare_data` left in `cache`, and by the `token`
+    that it gave. Raises `UserError` where the data are missing.
     """
-    if config.source not in IN_MEMORY:
+    if config.kind in IN_MEMORY:
+        return _open_arrays(config, READERS[config.kind](config.place), place)
+    assert cache is not None
+    content = cache.read(cache_name(config.kind, config.place))
+    if hashlib.sha256(content).hexdigest() != token:
         raise UserError(
-            f"data.source = {config.source!r}: this version reads {', '.join(IN_MEMORY)}; the "
-            "loader for image files on disk is not part of it"
+            f"{cache}: this rank sees another catalogue of the images than rank 0; all ranks need "
+            "the same --root and data.manifest"
         )
-    arrays = IN_MEMORY[config.source](config.root)
+    return _open_files(config, load_catalogue(content, config.kind, config.place), place)
 
+
+def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> Data:
     def resident(split: Split) -> tuple[Tensor, Tensor]:
-        images = arrays.normalisation(torch.from_numpy(split.images).to(device))
-        return images, torch.from_numpy(split.labels).to(device)
+        images = arrays.normalisation(torch.from_numpy(split.images).to(place.device))
+        return images, torch.from_numpy(split.labels).to(place.device)
 
     images, labels = resident(arrays.train)
     augmenter = Augmenter(images, arrays.augmentation if config.augment else Augmentation())
 
-    def loader(seed: int) -> MemoryLoader:
+    def loader(seed: int, size_of_epoch: SizeOfEpoch | None = None) -> MemoryLoader:
         return MemoryLoader(
             augmenter,
             labels,
             batch_size=config.batch_size,
             seed=seed,
-            rank=rank,
-            world_size=world_size,
+            rank=place.rank,
+            world_size=place.world_size,
         )
 
     held_out = {"validation": arrays.validation, "test": arrays.test}
     evaluation: dict[str, EvaluationSet] = {
         name: MemoryEvaluationSet(
-            *resident(split), batch_size=config.eval_batch_size, rank=rank, world_size=world_size
+            *resident(split),
+            batch_size=config.eval_batch_size,
+            rank=place.rank,
+            world_size=place.world_size,
         )
         for name, split in held_out.items()
         if split is not None
     }
+    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     return Data(
-        image_shape=(int(images.shape[1]), int(images.shape[2]), int(images.shape[3])),
+        image_shape=shape,
+        all_shapes=(shape,),
         classes=arrays.classes,
         steps_per_epoch=loader(0).steps_per_epoch,
         loader=loader,
         evaluation=evaluation,
+    )
+
+
+def _open_files(config: DataConfig, catalogue: Catalogue, place: Placement) -> Data:
+    def encoded(split: str) -> EncodedImages:
+        return EncodedImages(catalogue.root, catalogue.splits[split])
+
+    train = encoded("train")
+    sizes = [size for size, _ in config.sizes]
+    dtype = place.dtype if place.device.type == "cuda" else torch.float32
+    ranks = {"rank": place.rank, "world_size": place.world_size}
+
+    def loader(seed: int, size_of_epoch: SizeOfEpoch | None = None) -> FileLoader:
+        return FileLoader(
+            train,
+            _decoding(config, train.manifest, place, dtype),
+            TrainingView(config.augment, config.min_crop, config.color_jitter),
+            order=SampleOrder(len(train.manifest), config.batch_size, seed),
+            size_of_epoch=size_of_epoch or (lambda epoch: sizes[-1]),
+            dtype=dtype,
+            on_bad=config.on_bad,
+            **ranks,
+        )
+
+    evaluation: dict[str, EvaluationSet] = {
+        split: FileEvaluationSet(
+            encoded(split),
+            _decoding(config, catalogue.splits[split], place, dtype, training=False),
+            resize=config.evaluation_resize,
+            size=config.evaluation_size,
+            dtype=dtype,
+            **ranks,
+        )
+        for split in catalogue.splits
+        if split != "train"
+    }
+    largest = max(sizes)
+    sides = sorted({min(sizes), largest, config.evaluation_size})
+    return Data(
+        image_shape=(3, largest, largest),
+        all_shapes=tuple((3, side, side) for side in sides),
+        classes=catalogue.classes,
+        steps_per_epoch=loader(0).steps_per_epoch,
+        loader=loader,
+        evaluation=evaluation,
+    )
+
+
+def decoder_of(config: DataConfig, device: torch.device) -> Literal["cpu", "gpu"]:
+    """What decodes the image files of a configuration. Raises `UserError` without that GPU."""
+    gpu = device.type == "cuda"
+    if config.decoder == "gpu" and not gpu:
+        raise UserError("data.decoder = 'gpu': there is no GPU; choose 'auto' or 'cpu'")
+    return "gpu" if gpu and config.decoder != "cpu" else "cpu"
+
+
+def _decoding(
+    config: DataConfig,
+    manifest: Manifest,
+    place: Placement,
+    dtype: torch.dtype,
+    *,
+    training: bool = True,
+) -> Decoding:
+    threads = config.threads or default_threads()
+    return Decoding(
+        view="train" if training else "evaluation",
+        device=place.device,
+        batch_size=min(config.eval_batch_size, _MOST_EVALUATED),
+        from_paths=not manifest.in_shards,
+        half=dtype != torch.float32,
+        channels_last=place.channels_last,
+        colour=training and config.color_jitter > 0,
+        on_gpu=decoder_of(config, place.device) == "gpu",
+        num_threads=threads,
+        prefetch=config.prefetch or (2 if threads < 4 else 3),
     )

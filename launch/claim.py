@@ -17,14 +17,33 @@ import tomli_w
 import torch
 
 from data.errors import UserError
+from data.files import Folder
+from data.record import Record, differences
 from launch.config import RunConfig, flat, parse_document
 from pruning.tickets import software_versions
 from train.engine import Engine
-from train.files import Folder
 
-_MAY_CHANGE = ("checkpoint.", "log.", "data.root", "data.eval_batch_size", "train.timeout")
+_MAY_CHANGE = (
+    "checkpoint.",
+    "log.",
+    "data.root",
+    "data.eval_batch_size",
+    "data.manifest",
+    "data.on_bad",
+    "data.prefetch",
+    "data.threads",
+    "train.timeout",
+)
 """keys that change how a run is watched and saved, but nothing that it computes"""
-_NO_RESULTS = {"config.toml", "environment.json", "metrics.jsonl", "tensorboard", ".lock"}
+_NO_RESULTS = {
+    "config.toml",
+    "data.json",
+    "environment.json",
+    "manifests",
+    "metrics.jsonl",
+    "tensorboard",
+    ".lock",
+}
 """what a run writes before it has anything to lose"""
 
 
@@ -51,6 +70,27 @@ def claimed(folder: Folder, config: RunConfig, engine: Engine) -> Iterator[None]
     finally:
         for lock in held:
             lock.close()
+
+
+def claim_data(folder: Folder, stage: str, record: Record, engine: Engine) -> None:
+    """Records what data a stage has, `data.json`; once it has results, they must be those again.
+
+    Raises `UserError` saying what differs.
+    """
+
+    def claim() -> None:
+        records = folder.read_json("data.json") if folder.exists("data.json") else {}
+        if stage in records and folder.exists(stage):
+            differing = differences(records[stage], record)
+            if differing:
+                raise UserError(
+                    f"{folder} was begun on other data: {differing}. Mend data.root, or choose "
+                    "another --name"
+                )
+        elif records.get(stage) != record:
+            folder.write_json("data.json", {**records, stage: record})
+
+    engine.on_main(claim)
 
 
 def environment(engine: Engine) -> dict[str, Any]:
@@ -106,13 +146,19 @@ def _require_same(folder: Folder, config: RunConfig) -> None:
     differences = [
         f"{key} is {before.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        if _compared(key, before) != _compared(key, now) and not key.startswith(_MAY_CHANGE)
     ]
     if differences:
         raise UserError(
             f"{folder} belongs to another configuration: {'; '.join(differences)}. Choose another "
             "--name, or go on there with its own config.toml"
         )
+
+
+def _compared(key: str, settings: dict[str, Any]) -> Any:
+    """A setting as far as it may not change: of KIND:PATH, the place may."""
+    value = settings.get(key)
+    return str(value).partition(":")[0] if key.endswith("data.source") else value
 
 
 def _commit() -> str | None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from launch.claim import claimed
+from data.files import Folder
+from launch.claim import claim_data, claimed
 from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
 from launch.summary import summarise
 from pruning.tickets import TicketFolder
 from train.engine import Engine
-from train.files import Folder
 from train.metrics import Recorder
 from train.progress import Display
 from train.session import Session
@@ -40,6 +40,7 @@ def run_config(config: RunConfig, *, root: str) -> None:
                 for stage in config.stages:
                     engine = make_engine(stage)
                     session = Session(stage.settings, engine, folder, recorder, display, signals)
+                    claim_data(folder, stage.name, session.data_record, engine)
                     RECIPES[stage.recipe].run(session, stage.name, stage.config)
                 signals.drain()
         finally:

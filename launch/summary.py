@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from data.files import Folder
 from pruning.tickets import Ticket
-from train.files import Folder
 
 _COLOURS = {"imp": "#1a5fb4", "random": "#c64600", "reinit": "#26a269", "oneshot": "#813d9c"}
 

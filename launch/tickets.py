@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import UserError, did_you_mean
+from data.files import Folder
 from launch.summary import accuracy
 from pruning.tickets import Ticket, TicketFolder
-from train.files import Folder
 
 
 def find_run(run: str, root: str) -> Folder:

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data.errors import RunError, UserError
+from data.files import Folder
 from pruning.masks import Masks, pack_bits, unpack_bits
-from train.files import Folder
 from train.models import ModelSpec
 
 FORMAT = 1

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data.errors import RunError
+from data.files import Folder
 from train.checkpoint import Checkpoints
 from train.engine import Engine
-from train.files import Folder
 from train.safe_dcp import read_tensors
 
 STATE: dict[str, Any] = {

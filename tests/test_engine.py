@@ -11,10 +11,10 @@ from torch import nn
 
 from data.augment import Augmentation, Augmenter
 from data.errors import RunError, UserError
+from data.files import Folder
 from data.loader import Batch, MemoryEvaluationSet, MemoryLoader
 from train.checkpoint import Checkpoints
 from train.engine import Engine
-from train.files import Folder
 from train.instruments import Instruments
 from train.loop import Plan, fit
 from train.metrics import Recorder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.errors import RunError
-from train.files import Folder, Journal
+from data.files import Folder, Journal
 
 
 @pytest.fixture(params=["path", "file-url", "memory"])

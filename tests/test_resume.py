@@ -7,74 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import KILLED, killed_run
 from processes import command, run_ranks, tombola
 from tiny import TOML, assert_same_run, facts, final_states, ticket_facts, write_config
-
-KILLED = -signal.SIGKILL
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_run(words: list[str], point: str, count: int) -> None:
-    """Runs a command in a process that kills itself when it is at `point` for time `count`."""
-    from pruning.tickets import TicketFolder
-    from train import checkpoint
-    from train.engine import Engine
-    from train.files import Folder, Journal
-
-    left = [count]
-
-    def reached() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    def after(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            result = original(*arguments, **options)
-            if reached():
-                die()
-            return result
-
-        setattr(owner, name, wrapper)
-
-    def torn_line(self: Journal, record: dict[str, Any]) -> None:
-        if reached():
-            assert self._file is not None
-            self._file.write(b'{"event": "train", "sta')
-            self._file.flush()
-            die()
-        whole_line(self, record)
-
-    def no_manifest(self: Folder, name: str, document: Any) -> None:
-        if name == "manifest.json" and reached():
-            die()
-        write_json(self, name, document)
-
-    def no_ticket(self: TicketFolder, ticket: Any) -> None:
-        if reached():
-            die()
-        write_ticket(self, ticket)
-
-    whole_line, write_json, write_ticket = Journal.append, Folder.write_json, TicketFolder.write
-    if point == "a step":
-        after(Engine, "update")
-    elif point == "a save, before its shards":
-        after(checkpoint.Checkpoints, "_ready")
-    elif point == "a save, before its manifest":
-        Folder.write_json = no_manifest  # type: ignore[method-assign]
-    elif point == "a deletion":
-        after(checkpoint.Checkpoints, "_delete")
-    elif point == "a line of metrics":
-        Journal.append = torn_line  # type: ignore[method-assign]
-    elif point == "the end of a level, before its ticket":
-        TicketFolder.write = no_ticket  # type: ignore[method-assign]
-    elif point == "two levels":
-        after(TicketFolder, "write")
-    command(words)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import datasets
 
+from data.arrays import ImageArrays, cifar10, cifar100, digits
 from data.augment import Augmentation, Augmenter, Normalisation
+from data.config import DataConfig
 from data.errors import UserError
 from data.loader import Batch, MemoryEvaluationSet, MemoryLoader
 from data.order import SampleOrder, sample_uniforms
-from data.sources import DataConfig, ImageArrays, cifar10, cifar100, digits, open_data
+from data.sources import Placement, open_data
 
 CPU = torch.device("cpu")
 
@@ -264,7 +266,7 @@ def test_cifar100_reads_the_fine_labels(tmp_path: Path, monkeypatch: pytest.Monk
 def test_cifar10_opens_as_batches(cifar10_images: NDArray[np.uint8], tmp_path: Path) -> None:
     """Training, and evaluation on the test split only, normalised by the published constants."""
     config = DataConfig("cifar10", str(tmp_path), batch_size=8, eval_batch_size=2)
-    data = open_data(config, device=CPU, rank=0, world_size=1)
+    data = open_data(config, Placement(CPU))
     assert (data.image_shape, data.steps_per_epoch) == ((3, 32, 32), 2)
     assert list(data.evaluation) == ["test"]
     assert data.evaluation["test"].num_samples == 3
@@ -321,7 +323,7 @@ def test_an_unknown_source_has_a_near_miss(source: str, near: str) -> None:
     with pytest.raises(ValueError, match="is not known") as caught:
         DataConfig(source)
     assert f"source = '{source}' is not known; did you mean '{near}'?" in str(caught.value)
-    assert "(known: digits, cifar10, cifar100, imagenet" in str(caught.value)
+    assert "(known: digits, cifar10, cifar100, idx, imagenet" in str(caught.value)
 
 
 def test_a_source_like_no_other_has_no_near_miss() -> None:
@@ -536,20 +538,14 @@ def test_an_evaluation_sees_each_image_once(images: Tensor, world_size: int) -> 
 def test_opened_digits_have_both_splits_and_obey_the_augment_option() -> None:
     """Without augmentation a batch holds training images exactly as they are normalised."""
     config = DataConfig("digits", batch_size=64, augment=False)
-    data = open_data(config, device=CPU, rank=0, world_size=1)
+    data = open_data(config, Placement(CPU))
     assert (data.image_shape, data.steps_per_epoch, len(data.classes)) == ((1, 8, 8), 19, 10)
     assert {name: part.num_samples for name, part in data.evaluation.items()} == {
         "validation": 180,
         "test": 359,
     }
     plain = next(iter(data.loader(5)))
-    augmented = next(
-        iter(
-            open_data(DataConfig("digits", batch_size=64), device=CPU, rank=0, world_size=1).loader(
-                5
-            )
-        )
-    )
+    augmented = next(iter(open_data(DataConfig("digits", batch_size=64), Placement(CPU)).loader(5)))
     arrays = digits("")
     samples = SampleOrder(1258, 64, seed=5).batch(0, 0)
     whole = arrays.normalisation(torch.from_numpy(arrays.train.images))

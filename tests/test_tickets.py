@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import RunError, UserError
+from data.files import Folder
 from pruning.allocate import keep_top
 from pruning.masks import Masks
 from pruning.scores import magnitude
@@ -22,7 +23,6 @@ from pruning.tickets import (
     write_masks,
     write_weights,
 )
-from train.files import Folder
 from train.models import ModelSpec
 
 SPEC = ModelSpec("cifar_resnet8", 10, 1, {"width": 4})

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from data.errors import RunError
+from data.files import Folder
 from train.duration import check_durations
 from train.engine import Engine
-from train.files import Folder
 from train.safe_dcp import read_tensors, write_tensors
 
 _FORMAT = 1

@@ -24,6 +24,7 @@ from train.objective import Objective
 from train.state import Network, TrainState
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_PATIENCE = timedelta(hours=12)
 T = TypeVar("T")
 
 
@@ -58,6 +59,7 @@ class Engine:
         self.is_main = self.rank == 0
         self.clip, self.micro_batch = clip, micro_batch
         self._compile, self._sync_batchnorm = compile, sync_batchnorm
+        self.channels_last = channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         if sync_batchnorm and not cuda:
@@ -104,6 +106,11 @@ class Engine:
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward passes compute in."""
+        return self._dtype or torch.float32
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """The loss scaler of a training that begins: it does nothing but for fp16."""
@@ -178,8 +185,12 @@ class Engine:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` gives on rank 0, on every rank; an error there is raised everywhere."""
+    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
+        """What `action` gives on rank 0, on every rank; an error there is raised everywhere.
+
+        With `patient`, the other ranks wait for hours and not only for the engine's `timeout`.
+        """
+        group = self._patient_group() if patient else None
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -187,12 +198,21 @@ class Engine:
             except Exception as error:
                 outcome[1] = error
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+            dist.broadcast_object_list(outcome, 0, group=group, device=torch.device("cpu"))
+        if group is not None:
+            dist.destroy_process_group(group)
         if outcome[1] is not None:
             outcome[1].met_by_all = True  # so that one rank's message is enough
             raise outcome[1]
         result: T = outcome[0]
         return result
+
+    def _patient_group(self) -> dist.ProcessGroup | None:
+        if self.world_size == 1:
+            return None
+        group = dist.new_group(timeout=_PATIENCE, backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def gather(self, value: T) -> list[T]:
         """`value` of each rank, in rank order, on every rank."""

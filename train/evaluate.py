@@ -24,10 +24,13 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: EvaluationSet, engine: Engine) -> Evaluation:
+def evaluate(
+    model: nn.Module, images: EvaluationSet, engine: Engine, *, flip: bool = False
+) -> Evaluation:
     """Measures `model` on all of `images`, each rank its share; the same result on every rank.
 
-    The model is used bare, without DDP: ranks may have different numbers of batches.
+    With `flip`, an image's logits are the mean over the image and its mirror image. The model is
+    used bare, without DDP: ranks may have different numbers of batches.
     """
     was_training = model.training
     model.eval()
@@ -35,8 +38,10 @@ def evaluate(model: nn.Module, images: EvaluationSet, engine: Engine) -> Evaluat
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     for batch in images:
         with engine.autocast():
-            logits = model(engine.place(batch.images))
-        logits = logits.float()
+            logits = model(engine.place(batch.images)).float()
+            if flip:
+                mirrored = model(engine.place(batch.images.flip(3))).float()
+                logits = (logits + mirrored) / 2
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         counts = (loss, guesses[:, 0].sum(), guesses.sum(), torch.tensor(len(logits)))

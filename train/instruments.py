@@ -3,8 +3,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from data.loader import EvaluationSet
 from train.checkpoint import Checkpoints
+from train.engine import Engine
 from train.evaluate import Evaluation
 from train.metrics import Recorder
 from train.progress import Display
@@ -41,11 +44,32 @@ class Instruments:
             "density": state.sparsity.density,
             **state.sparsity.facts(),
         }
+        if state.loader.skips_bad:
+            place = (str(self.identity.get("stage")), str(self.identity.get("level")))
+            fact["replaced"] = self.recorder.num_replaced(*place)
         self.recorder.record(fact, {"images_per_second": images_per_second})
         self.display.status.density = state.sparsity.density
         self.display.advance(
             step=state.step, seconds=seconds, images_per_second=images_per_second, loss=loss
         )
+
+    def record_replacements(self, state: TrainState, engine: Engine) -> None:
+        """Records the images that any rank had to replace, each once, in the order of the steps.
+
+        It comes before all other records and before each save, so that a resumed run's lines
+        stand in the same order.
+        """
+        if not state.loader.skips_bad:
+            return
+        replaced = state.loader.replacements()
+        if not engine.reduce(torch.tensor(len(replaced), device=engine.device)):
+            return
+        for one in sorted(one for part in engine.gather(replaced) for one in part):
+            fact = {"event": "replaced", **self.identity, **one._asdict()}
+            self.recorder.record(fact)
+            self.display.say(
+                f"step {one.step}: {one.image} cannot be used ({one.reason}); {one.by} in its place"
+            )
 
     def record_evaluation(self, state: TrainState, split: str, result: Evaluation) -> None:
         """Records what the model reaches on a split at this step."""

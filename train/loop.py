@@ -32,6 +32,8 @@ class Plan:
     save_every: int | None = None
     keep: frozenset[int] = frozenset()
     """steps whose checkpoints are saved and never deleted"""
+    eval_flip: bool = False
+    """average over mirror images in evaluations"""
 
 
 def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instruments) -> None:
@@ -47,6 +49,7 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
     def save() -> None:
         with throughput.paused():
             health.check()
+            instruments.record_replacements(state, engine)
             instruments.recorder.sync()
             kept = state.step in plan.keep
             engine.broadcast_buffers(state.model)
@@ -71,12 +74,14 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
 
         if state.step % plan.log_every == 0 or state.step == plan.stop:
             health.check()
+            instruments.record_replacements(state, engine)
             global_loss = float(engine.reduce(loss))
             instruments.record_training(state, loss=global_loss, rate=rate, throughput=throughput)
         if _due(plan.evaluate_every, state.step) and state.step < plan.stop:
             with throughput.paused():
+                instruments.record_replacements(state, engine)
                 split, images = instruments.held_out
-                result = evaluate(state.evaluated, images, engine)
+                result = evaluate(state.evaluated, images, engine, flip=plan.eval_flip)
                 instruments.record_evaluation(state, split, result)
         decision = signals.poll()
         planned = state.step in plan.keep or _due(plan.save_every, state.step)

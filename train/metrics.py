@@ -9,15 +9,16 @@ import hashlib
 import importlib.util
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from data.errors import UserError
-from train.files import Folder, Journal
+from data.files import Folder, Journal
 
-_IDENTITY = ("event", "stage", "level", "split", "step")
+_IDENTITY = ("event", "stage", "level", "split", "step", "image")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Recorder:
         records = [] if self._journal is None else self._journal.records
         self._known = {_identity(record) for record in records}
         self._rates: dict[tuple[str, str], list[float]] = {}
+        self._replaced: Counter[tuple[str, str]] = Counter()
         for record in records:
             self._remember(record)
         config = config or LogConfig()
@@ -77,11 +79,17 @@ class Recorder:
         rates = self._rates.get((stage, level))
         return statistics.median(rates) if rates else 0.0
 
+    def num_replaced(self, stage: str, level: str) -> int:
+        """How many training images of a level were replaced, over all attempts at it (rank 0)."""
+        return self._replaced[stage, level]
+
     def _remember(self, record: dict[str, Any]) -> None:
+        place = (str(record.get("stage")), str(record.get("level")))
         rate = (record.get("timing") or {}).get("images_per_second")
         if rate is not None:
-            place = (str(record.get("stage")), str(record.get("level")))
             self._rates.setdefault(place, []).append(rate)
+        if record.get("event") == "replaced":
+            self._replaced[place] += 1
 
     def sync(self) -> None:
         """Makes the facts so far durable: a checkpoint must not know more than they tell."""

@@ -33,6 +33,7 @@ class Display:
         self._last_plain = time.monotonic()
         self._live: Progress | None = None
         self._task: TaskID | None = None
+        self._work: TaskID | None = None
         if shown and self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -71,6 +72,19 @@ class Display:
             self._live.update(self._task, completed=step, facts=self._facts())
         elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
             self.say(f"{self.status.phase}: {self._facts()}")
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """Work outside the training has come so far; where it ends, its line goes."""
+        line = f"{what}: {done:,} of {total:,}"
+        if self._live is not None:
+            if self._work is None:
+                self._work = self._live.add_task(what, total=total, facts="")
+            self._live.update(self._work, description=what, completed=done, total=total, facts=line)
+            if done >= total:
+                self._live.remove_task(self._work)
+                self._work = None
+        elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
+            self.say(line)
 
     def say(self, line: str) -> None:
         """A line that stays."""

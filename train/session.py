@@ -14,14 +14,17 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from data.config import ON_DISK
 from data.errors import UserError
+from data.files import Folder
 from data.order import stream_seed
-from data.sources import Data, open_data
+from data.record import Record, described
+from data.sources import Data, Placement, decoder_of, open_data, prepare_data
+from data.stream import SizeOfEpoch
 from train.checkpoint import Checkpoints
 from train.duration import Duration
 from train.engine import Engine
 from train.evaluate import Evaluation, evaluate
-from train.files import Folder
 from train.instruments import Instruments
 from train.loop import Plan, fit
 from train.metrics import Recorder
@@ -33,6 +36,7 @@ from train.rng import seed_everything
 from train.schedule import Schedule, build_schedule
 from train.settings import Settings
 from train.signals import Signals
+from train.sizes import size_of_epoch
 from train.state import Network, Sparsity, TrainState
 
 MakeSparsity = Callable[[nn.Module, Optimizer], Sparsity]
@@ -85,16 +89,12 @@ class Session:
     display: Display
     signals: Signals
     data: Data = field(init=False)
+    data_record: Record = field(init=False)
+    """what the data are, to be compared with what an earlier attempt saw"""
     total_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
-        engine = self.engine
-        self.data = open_data(
-            self.settings.data,
-            device=engine.device,
-            rank=engine.rank,
-            world_size=engine.world_size,
-        )
+        self._open_data()
         length = Duration.parse(self.settings.train.total)
         self.total_steps = length.steps(self.data.steps_per_epoch)
         lengths = {"train.total": self.settings.train.total}
@@ -103,12 +103,27 @@ class Session:
         for key, text in lengths.items():
             if self.steps(text) < 1:
                 raise UserError(f"{key} = {text!r}: is less than one step")
+        self._size_of_epoch(0)
         mixes = self.settings.train.mixup or self.settings.train.cutmix
-        if mixes and self.settings.data.batch_size % (2 * engine.world_size):
+        if mixes and self.settings.data.batch_size % (2 * self.engine.world_size):
             raise UserError(
                 f"data.batch_size = {self.settings.data.batch_size}: train.mixup and train.cutmix "
-                f"pair the images of each rank: choose a multiple of {2 * engine.world_size}"
+                f"pair the images of each rank: choose a multiple of {2 * self.engine.world_size}"
             )
+
+    def _open_data(self) -> None:
+        config, engine = self.settings.data, self.engine
+        cache = self.folder / "manifests" if config.manifest is None else Folder(config.manifest)
+        self.data_record, token = engine.on_main(
+            lambda: prepare_data(config, cache, self.display.work), patient=True
+        )
+        place = Placement(
+            engine.device, engine.rank, engine.world_size, engine.dtype, engine.channels_last
+        )
+        self.data = open_data(config, place, cache=cache, token=token)
+        if config.kind in ON_DISK:
+            self.data_record["decoder"] = decoder_of(config, engine.device)
+            self.display.say(described(self.data_record))
 
     # Lengths and networks ----------------------------------------------------------------
 
@@ -121,6 +136,14 @@ class Session:
         """The learning rate's factor over the whole training."""
         return build_schedule(
             self.settings.schedule,
+            steps_per_epoch=self.data.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+
+    @property
+    def _size_of_epoch(self) -> SizeOfEpoch:
+        return size_of_epoch(
+            self.settings.data,
             steps_per_epoch=self.data.steps_per_epoch,
             total_steps=self.total_steps,
         )
@@ -144,18 +167,22 @@ class Session:
         Raises `UserError` where it does not take the data set's images.
         """
         model = self.model_spec.build(self.seed("init")) if model is None else model
+        self._try_shapes(model.eval())
         example = self.engine.example(self.data.image_shape, self.settings.data.batch_size)
-        try:
-            with torch.no_grad():
-                model.eval()(example[:2].to(next(model.parameters()).device))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            shape = "x".join(map(str, self.data.image_shape))
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"model.name = {self.settings.model.name!r} does not take images of {shape}: "
-                f"{reason}"
-            ) from None
         return self.engine.prepare(model.train(), example)
+
+    def _try_shapes(self, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        for shape in self.data.all_shapes:
+            try:
+                with torch.no_grad():
+                    model(torch.zeros(2, *shape, device=device))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"model.name = {self.settings.model.name!r} does not take images of "
+                    f"{'x'.join(map(str, shape))}: {reason}"
+                ) from None
 
     # Training ----------------------------------------------------------------------------
 
@@ -194,7 +221,9 @@ class Session:
         fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
         evaluations = {}
         for split, images in self.data.evaluation.items():
-            evaluations[split] = evaluate(state.evaluated, images, self.engine)
+            evaluations[split] = evaluate(
+                state.evaluated, images, self.engine, flip=self.settings.train.eval_flip
+            )
             instruments.record_evaluation(state, split, evaluations[split])
         self.recorder.sync()
         return Outcome(evaluations, state.sparsity)
@@ -208,7 +237,7 @@ class Session:
         if start.optimizer is not None:
             load_optimizer_state(network.module, optimizer, start.optimizer)
         sparsity = make_sparsity(network.module, optimizer)
-        loader = self.data.loader(self.seed(*phase.seed_labels))
+        loader = self.data.loader(self.seed(*phase.seed_labels), self._size_of_epoch)
         loader.load_state_dict({"position": phase.start})
         decay = self.settings.train.ema
         state = TrainState(
@@ -247,6 +276,7 @@ class Session:
             evaluate_every=None if every is None else self.steps(every),
             save_every=None if save is None else self.steps(save),
             keep=phase.keep | {phase.stop},
+            eval_flip=settings.train.eval_flip,
         )
 
     def _held_out(self) -> tuple[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from data.sources import DataConfig
+from data.config import DataConfig
 from train.checkpoint import CheckpointConfig
 from train.duration import Duration, check_durations
 from train.engine import Precision
@@ -40,6 +40,8 @@ class TrainConfig:
     """decay of an exponential moving average of the weights, which is then what is evaluated"""
     evaluate: str | None = "5ep"
     """how often the held-out images are evaluated during the training"""
+    eval_flip: bool = False
+    """evaluate each image and its mirror image, and average the logits"""
     timeout: float = 300.0
     """seconds after which a rank gives up waiting for another"""
 

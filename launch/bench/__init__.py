@@ -3,6 +3,11 @@
 from collections.abc import Callable
 
 from launch.bench.engine import bench_engine
+from launch.bench.loader import bench_loader
 from launch.bench.masks import bench_masks
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"engine": bench_engine, "masks": bench_masks}
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "engine": bench_engine,
+    "masks": bench_masks,
+    "loader": bench_loader,
+}

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from data.augment import Augmentation, Augmenter
+from data.files import Folder
 from data.loader import MemoryEvaluationSet, MemoryLoader
 from launch.bench.measure import interleaved, median_ratio, report
 from pruning.fixed import FixedMasks
 from pruning.masks import Masks
 from train.checkpoint import Checkpoints
 from train.engine import Engine, Precision
-from train.files import Folder
 from train.instruments import Instruments
 from train.loop import Plan, fit
 from train.metrics import Recorder

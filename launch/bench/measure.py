@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same work in turn, so that a noisy machine treats both alike."""
+"""Timing ways of doing the same work in turn, so that a noisy machine treats all alike."""
 
 import json
 import platform
@@ -13,17 +13,15 @@ from rich.console import Console
 from pruning.tickets import software_versions
 
 
-def interleaved(
-    first: Callable[[], object], second: Callable[[], object], *, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Wall seconds of each, `rounds` times in turn, after one uncounted round of both.
+def interleaved(*works: Callable[[], object], rounds: int) -> list[list[float]]:
+    """Wall seconds of each, `rounds` times in turn, after one uncounted round of all.
 
-    Which of the two goes first changes with every round.
+    The order is turned round with every round.
     """
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in works]
     for index in range(rounds + 1):
-        pair = list(zip((first, second), times, strict=True))
-        for work, into in reversed(pair) if index % 2 else pair:
+        pairs = list(zip(works, times, strict=True))
+        for work, into in reversed(pairs) if index % 2 else pairs:
             started = time.perf_counter()
             work()
             wait_for_device()

@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
 from data.errors import RunError, UserError
+
+_TAGS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
+"""what object stores call the mark of an object's content or time"""
 
 
 def fsync_folder(path: Path) -> None:
@@ -31,7 +34,8 @@ class Folder:
             self._fs, self._path = _open(self.url)
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: cannot be opened: {error}") from None
-        self.is_local = "file" in self._fs.protocol
+        protocol = self._fs.protocol
+        self.is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.url}/{name}")
@@ -70,6 +74,25 @@ class Folder:
         """The content of a file. Raises `FileNotFoundError`."""
         return bytes(self._fs.cat_file(self._join(name)))
 
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from `start`. Raises `FileNotFoundError`."""
+        return bytes(self._fs.cat_file(self._join(name), start=start, end=start + length))
+
+    def open(self, name: str) -> BinaryIO:
+        """A file for reading from its beginning on. Raises `FileNotFoundError`."""
+        file: BinaryIO = self._fs.open(self._join(name), "rb")
+        return file
+
+    def stat(self, name: str) -> tuple[int, int]:
+        """The size of a file, and a number that changes with it: locally its time in ns."""
+        if self.is_local:
+            facts = os.stat(self._join(name))
+            return facts.st_size, facts.st_mtime_ns
+        facts = self._fs.info(self._join(name))
+        tag = next((str(facts[k]) for k in _TAGS if facts.get(k) is not None), "")
+        digest = hashlib.sha256(tag.encode()).digest()
+        return int(facts["size"]), int.from_bytes(digest[:8], "little") >> 1
+
     def digest(self, name: str) -> str:
         """The SHA-256 of a file, in hexadecimal. Raises `FileNotFoundError`."""
         with self._fs.open(self._join(name), "rb") as file:
@@ -102,6 +125,23 @@ class Folder:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+        fsync_folder(target.parent)
+
+    def put(self, name: str, path: Path) -> None:
+        """Moves a local file here, so that a reader sees all of it or none, also after a crash.
+
+        Into a local folder it is renamed: it must lie on the same disk. To an object store it is
+        uploaded, which is atomic there, and then removed.
+        """
+        if not self.is_local:
+            self._fs.put_file(str(path), self._join(name))
+            path.unlink()
+            return
+        target = Path(self._join(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, target)
         fsync_folder(target.parent)
 
     def write_json(self, name: str, document: Any) -> None:

@@ -1,0 +1,290 @@
+"""Image files as a `Loader` and as an `EvaluationSet`: what is decoded next, as numbers.
+
+What a batch shows is a pure function of (seed, epoch, sample): its samples by `SampleOrder`, each
+one's window, flip and colours by `sample_uniforms`. So the position of a loader is one integer,
+what was prefetched can be dropped, and the number of ranks changes nothing.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.encoded import EncodedImages
+from data.errors import RunError
+from data.loader import Batch, Replacement, check_shares
+from data.order import SampleOrder, sample_uniforms, shard
+from data.pipeline import DecodeError, Decoding, Feed, Feeds, decoded
+from data.replacing import Replacer
+from data.scan import PROBLEMS, scan_bytes
+from data.windows import CROP_DRAWS, central_squares, random_resized_crops, resized_centres
+
+_NUM_DRAWS = 48  # 40 of the crop, the flip, three of colour: fixed, so that options share them
+_FLIP, _COLOUR = CROP_DRAWS, slice(CROP_DRAWS + 1, CROP_DRAWS + 4)
+_UNCROPPED = 0.875
+SizeOfEpoch = Callable[[int], int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """How training images are varied."""
+
+    augment: bool = True
+    min_area: float = 0.08
+    color_jitter: float = 0.0
+
+
+class _Plan(NamedTuple):
+    """One batch: the samples in their places, and the image that each of them shows."""
+
+    position: int
+    epoch: int
+    samples: NDArray[np.int64]
+    images: NDArray[np.int64]
+
+
+class FileLoader:
+    """A `Loader` that decodes image files with DALI."""
+
+    def __init__(
+        self,
+        encoded: EncodedImages,
+        decoding: Decoding,
+        view: TrainingView,
+        *,
+        order: SampleOrder,
+        size_of_epoch: SizeOfEpoch,
+        dtype: torch.dtype = torch.float32,
+        on_bad: Literal["error", "skip"] = "error",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_shares(order.batch_size, world_size)
+        self.order = order
+        self._encoded, self._view, self._size_of_epoch = encoded, view, size_of_epoch
+        self._decoding = replace(decoding, batch_size=-(-order.batch_size // world_size))
+        self._dtype, self.skips_bad = dtype, on_bad == "skip"
+        self._rank, self._world_size = rank, world_size
+        self._position = 0
+        self._replacer = Replacer(encoded.manifest)
+        self._replaced: list[Replacement] = []
+        self._tried_again = -1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:  # a new pipeline, after a bad image or another position
+            drawn: deque[_Plan] = deque()
+            try:
+                for images in decoded(self._decoding, self._feeds_of(self._plans(drawn))):
+                    plan = drawn.popleft()
+                    if plan.position != self._position:
+                        break
+                    self._position += 1
+                    self._replaced += self._replaced_in(plan)
+                    yield Batch(images.to(self._dtype), self._labels(plan, images.device))
+            except DecodeError as error:
+                self._find_bad(drawn, error)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position = state["position"]
+
+    def replacements(self) -> list[Replacement]:
+        """What this rank had to replace in the batches handed out since the last call."""
+        found, self._replaced = self._replaced, []
+        return found
+
+    def _replaced_in(self, plan: _Plan) -> list[Replacement]:
+        where = self._encoded.manifest.where
+        return [
+            Replacement(
+                plan.position + 1,
+                where(sample),
+                where(image),
+                self._replacer.reason(plan.epoch, sample),
+            )
+            for sample, image in zip(plan.samples.tolist(), plan.images.tolist(), strict=True)
+            if sample != image
+        ]
+
+    # What comes next ---------------------------------------------------------------------
+
+    def _feeds_of(self, plans: Iterator[_Plan]) -> Feeds:
+        for plan, encoded in self._encoded.ahead(plans, lambda plan: plan.images):
+            yield self._feed(plan, encoded)
+
+    def _plans(self, drawn: deque[_Plan]) -> Iterator[_Plan]:
+        """The batches from the position on; each that is drawn is added to `drawn`."""
+        position = self._position
+        while True:
+            epoch, step = divmod(position, self.steps_per_epoch)
+            samples = self.order.batch(epoch, step, self._rank, self._world_size)
+            plan = _Plan(position, epoch, samples, self._replacer.images(epoch, samples))
+            drawn.append(plan)
+            yield plan
+            position += 1
+
+    def _feed(self, plan: _Plan, encoded: list[NDArray[np.uint8]]) -> Feed:
+        num, shapes = len(plan.samples), self._encoded.manifest.shapes[plan.images]
+        size = self._size_of_epoch(plan.epoch)
+        draws = sample_uniforms(self.order.seed, plan.epoch, plan.samples, _NUM_DRAWS)
+        if self._view.augment:
+            windows = random_resized_crops(
+                draws[:, :CROP_DRAWS], shapes, min_area=self._view.min_area
+            )
+            flips = draws[:, _FLIP] < 0.5
+        else:
+            windows, flips = central_squares(shapes, _UNCROPPED), np.zeros(num, np.bool_)
+        colours = 1 + self._view.color_jitter * (2 * draws[:, _COLOUR] - 1)
+        return Feed(
+            encoded=encoded,
+            windows=windows,
+            shapes=np.full((num, 2), size, np.float32),
+            flips=flips.astype(np.int32),
+            colours=colours.astype(np.float32),
+        )
+
+    def _labels(self, plan: _Plan, device: torch.device) -> Tensor:
+        labels = torch.from_numpy(self._encoded.manifest.labels[plan.samples])
+        return labels.to(device, non_blocking=True)
+
+    # What cannot be decoded --------------------------------------------------------------
+
+    def _find_bad(self, drawn: deque[_Plan], error: DecodeError) -> None:
+        """Finds which images of the next batches DALI cannot decode, one by one.
+
+        Raises `RunError` naming the first, unless they may be skipped; then they are noted. What
+        cannot even be read is never skipped: it may be there again in a minute. Where nothing is
+        found, a reading has failed once, and gets a second trial.
+        """
+        for plan in drawn:
+            ones = [self._part(plan, index) for index in range(len(plan.images))]
+            bad = list(_undecodable(self._decoding, ones, self._feeds_of))
+            for _, epoch, (sample,), (image,) in bad:
+                reason = describe(self._encoded, int(image))
+                if not self.skips_bad:
+                    raise RunError(
+                        f"cannot decode {self._encoded.manifest.where(int(image))}: {reason} "
+                        f"(epoch {epoch}, step {plan.position}); find all such files with "
+                        "`tombola data verify`, or go on without them with --data.on-bad skip"
+                    )
+                self._replacer.note(epoch, int(sample), int(image), reason)
+            if bad:
+                return
+        if self._tried_again == self._position:
+            raise RunError(f"a batch cannot be decoded, though each of its images can: {error}")
+        self._tried_again = self._position
+
+    @staticmethod
+    def _part(plan: _Plan, index: int) -> _Plan:
+        """The plan of one of a batch's images alone."""
+        one = slice(index, index + 1)
+        return plan._replace(samples=plan.samples[one], images=plan.images[one])
+
+
+def _undecodable(
+    decoding: Decoding,
+    ones: Sequence[T],
+    feeds_of: Callable[[Iterator[T]], Feeds],
+) -> Iterator[T]:
+    """Those of single images that DALI cannot decode."""
+    done = 0
+    while done < len(ones):
+        try:
+            for _ in decoded(decoding, feeds_of(iter(ones[done:]))):
+                done += 1
+        except DecodeError:
+            yield ones[done]
+            done += 1
+
+
+def describe(encoded: EncodedImages, image: int) -> str:
+    """What is wrong with an image that is not decoded. Raises `RunError` if it cannot be read."""
+    try:
+        header = scan_bytes(encoded.read_anew(image))
+    except OSError as error:
+        raise RunError(
+            f"cannot read {encoded.manifest.where(image)}: {error.strerror or error}; once it can "
+            "be read, the same command goes on from what was saved"
+        ) from None
+    return PROBLEMS[header.problem] or "damaged data"
+
+
+class FileEvaluationSet:
+    """An `EvaluationSet` that decodes image files: shorter side to `resize`, centre of `size`.
+
+    It never leaves an image out: an accuracy over fewer images is another measure.
+    """
+
+    def __init__(
+        self,
+        encoded: EncodedImages,
+        decoding: Decoding,
+        *,
+        resize: int,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_samples = len(encoded.manifest)
+        self._encoded, self._decoding, self._dtype = encoded, decoding, dtype
+        self._resize, self._size = resize, size
+        self._rank, self._world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        drawn: deque[NDArray[np.int64]] = deque()
+        labels = torch.from_numpy(self._encoded.manifest.labels)
+        try:
+            for images in decoded(self._decoding, self._feeds_of(self._parts(drawn))):
+                part = torch.from_numpy(drawn.popleft())
+                yield Batch(images.to(self._dtype), labels[part].to(images.device))
+        except DecodeError as error:
+            raise RunError(self._explain(drawn, error)) from None
+
+    def _parts(self, drawn: deque[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+        """This rank's batches; each that is drawn is added to `drawn`."""
+        batch_size = self._decoding.batch_size
+        for part in shard(self.num_samples, batch_size, self._rank, self._world_size):
+            drawn.append(np.arange(part.start, part.stop))
+            yield drawn[-1]
+
+    def _feeds_of(self, parts: Iterator[NDArray[np.int64]]) -> Feeds:
+        for part, encoded in self._encoded.ahead(parts, lambda part: part):
+            shapes, corners = resized_centres(
+                self._encoded.manifest.shapes[part], resize=self._resize, size=self._size
+            )
+            extent = np.full_like(corners, self._size)
+            yield Feed(
+                encoded=encoded,
+                windows=np.concatenate([corners, extent], axis=1),
+                shapes=shapes[:, ::-1].astype(np.float32),
+                flips=np.zeros(len(part), np.int32),
+                colours=np.ones((len(part), 3), np.float32),
+            )
+
+    def _explain(self, drawn: deque[NDArray[np.int64]], error: DecodeError) -> str:
+        ones = [np.array([image]) for part in drawn for image in part.tolist()]
+        for (image,) in _undecodable(self._decoding, ones, self._feeds_of):
+            return (
+                f"cannot decode {self._encoded.manifest.where(int(image))}, of the held-out "
+                f"images: {describe(self._encoded, int(image))}; mend or remove the file: an "
+                "evaluation leaves no image out"
+            )
+        return f"a batch cannot be decoded, though each of its images can: {error}"
