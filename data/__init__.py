@@ -8,7 +8,7 @@ In memory: `arrays` reads digits, CIFAR and idx files; `augment` varies them on 
 
 Image files, in the order of their way: `layout` finds them, `scan` and `shards` look into them,
 `cataloguing` makes a `catalogue`; from that `stream` plans batches, with `windows` and `replacing`,
-`encoded` gives their bytes, and `pipeline` has DALI decode them.
+`encoded` gives their bytes, `pipeline` has DALI decode them; where it cannot, `blame` finds why.
 
 Commands: `verify` and `inspection`; `pack`, `pack_plan` and `pack_shard`.
 """

@@ -6,29 +6,29 @@ what was prefetched can be dropped, and the number of ranks changes nothing.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.blame import Trials, undecodable
 from data.encoded import EncodedImages
 from data.errors import RunError
 from data.loader import Batch, Replacement, check_shares
 from data.order import SampleOrder, sample_uniforms, shard
 from data.pipeline import DecodeError, Decoding, Feed, Feeds, decoded
 from data.replacing import Replacer
-from data.scan import PROBLEMS, scan_bytes
 from data.windows import CROP_DRAWS, central_squares, random_resized_crops, resized_centres
 
 _NUM_DRAWS = 48  # 40 of the crop, the flip, three of colour: fixed, so that options share them
 _FLIP, _COLOUR = CROP_DRAWS, slice(CROP_DRAWS + 1, CROP_DRAWS + 4)
 _UNCROPPED = 0.875
 SizeOfEpoch = Callable[[int], int]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FileLoader:
         self._position = 0
         self._replacer = Replacer(encoded.manifest)
         self._replaced: list[Replacement] = []
-        self._tried_again = -1
+        self._trials = Trials()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -171,13 +171,12 @@ class FileLoader:
 
         Raises `RunError` naming the first, unless they may be skipped; then they are noted. What
         cannot even be read is never skipped: it may be there again in a minute. Where nothing is
-        found, a reading has failed once, and gets a second trial.
+        found, a reading has failed, and the batch gets another trial.
         """
         for plan in drawn:
             ones = [self._part(plan, index) for index in range(len(plan.images))]
-            bad = list(_undecodable(self._decoding, ones, self._feeds_of))
-            for _, epoch, (sample,), (image,) in bad:
-                reason = describe(self._encoded, int(image))
+            bad = list(undecodable(self._encoded, self._decoding, ones, _images_of, self._feed))
+            for (_, epoch, (sample,), (image,)), reason in bad:
                 if not self.skips_bad:
                     raise RunError(
                         f"cannot decode {self._encoded.manifest.where(int(image))}: {reason} "
@@ -187,9 +186,7 @@ class FileLoader:
                 self._replacer.note(epoch, int(sample), int(image), reason)
             if bad:
                 return
-        if self._tried_again == self._position:
-            raise RunError(f"a batch cannot be decoded, though each of its images can: {error}")
-        self._tried_again = self._position
+        self._trials.failed(self._position, error)
 
     @staticmethod
     def _part(plan: _Plan, index: int) -> _Plan:
@@ -198,32 +195,8 @@ class FileLoader:
         return plan._replace(samples=plan.samples[one], images=plan.images[one])
 
 
-def _undecodable(
-    decoding: Decoding,
-    ones: Sequence[T],
-    feeds_of: Callable[[Iterator[T]], Feeds],
-) -> Iterator[T]:
-    """Those of single images that DALI cannot decode."""
-    done = 0
-    while done < len(ones):
-        try:
-            for _ in decoded(decoding, feeds_of(iter(ones[done:]))):
-                done += 1
-        except DecodeError:
-            yield ones[done]
-            done += 1
-
-
-def describe(encoded: EncodedImages, image: int) -> str:
-    """What is wrong with an image that is not decoded. Raises `RunError` if it cannot be read."""
-    try:
-        header = scan_bytes(encoded.read_anew(image))
-    except OSError as error:
-        raise RunError(
-            f"cannot read {encoded.manifest.where(image)}: {error.strerror or error}; once it can "
-            "be read, the same command goes on from what was saved"
-        ) from None
-    return PROBLEMS[header.problem] or "damaged data"
+def _images_of(plan: _Plan) -> NDArray[np.int64]:
+    return plan.images
 
 
 class FileEvaluationSet:
@@ -249,42 +222,51 @@ class FileEvaluationSet:
         self._rank, self._world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        drawn: deque[NDArray[np.int64]] = deque()
         labels = torch.from_numpy(self._encoded.manifest.labels)
-        try:
-            for images in decoded(self._decoding, self._feeds_of(self._parts(drawn))):
-                part = torch.from_numpy(drawn.popleft())
-                yield Batch(images.to(self._dtype), labels[part].to(images.device))
-        except DecodeError as error:
-            raise RunError(self._explain(drawn, error)) from None
+        done, trials = 0, Trials()
+        while True:  # a new pipeline, after a reading that failed
+            drawn: deque[NDArray[np.int64]] = deque()
+            try:
+                for images in decoded(self._decoding, self._feeds_of(self._parts(done, drawn))):
+                    part = torch.from_numpy(drawn.popleft())
+                    done += 1
+                    yield Batch(images.to(self._dtype), labels[part].to(images.device))
+                return
+            except DecodeError as error:
+                self._refuse_bad(drawn)
+                trials.failed(done, error)
 
-    def _parts(self, drawn: deque[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-        """This rank's batches; each that is drawn is added to `drawn`."""
+    def _parts(self, first: int, drawn: deque[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+        """This rank's batches from the `first` on; each that is drawn is added to `drawn`."""
         batch_size = self._decoding.batch_size
-        for part in shard(self.num_samples, batch_size, self._rank, self._world_size):
+        parts = shard(self.num_samples, batch_size, self._rank, self._world_size)
+        for part in islice(parts, first, None):
             drawn.append(np.arange(part.start, part.stop))
             yield drawn[-1]
 
     def _feeds_of(self, parts: Iterator[NDArray[np.int64]]) -> Feeds:
         for part, encoded in self._encoded.ahead(parts, lambda part: part):
-            shapes, corners = resized_centres(
-                self._encoded.manifest.shapes[part], resize=self._resize, size=self._size
-            )
-            extent = np.full_like(corners, self._size)
-            yield Feed(
-                encoded=encoded,
-                windows=np.concatenate([corners, extent], axis=1),
-                shapes=shapes[:, ::-1].astype(np.float32),
-                flips=np.zeros(len(part), np.int32),
-                colours=np.ones((len(part), 3), np.float32),
-            )
+            yield self._feed(part, encoded)
 
-    def _explain(self, drawn: deque[NDArray[np.int64]], error: DecodeError) -> str:
+    def _feed(self, part: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Feed:
+        shapes, corners = resized_centres(
+            self._encoded.manifest.shapes[part], resize=self._resize, size=self._size
+        )
+        extent = np.full_like(corners, self._size)
+        return Feed(
+            encoded=encoded,
+            windows=np.concatenate([corners, extent], axis=1),
+            shapes=shapes[:, ::-1].astype(np.float32),
+            flips=np.zeros(len(part), np.int32),
+            colours=np.ones((len(part), 3), np.float32),
+        )
+
+    def _refuse_bad(self, drawn: deque[NDArray[np.int64]]) -> None:
+        """Raises `RunError` naming the first image that cannot be decoded, if there is one."""
         ones = [np.array([image]) for part in drawn for image in part.tolist()]
-        for (image,) in _undecodable(self._decoding, ones, self._feeds_of):
-            return (
+        found = undecodable(self._encoded, self._decoding, ones, lambda one: one, self._feed)
+        for (image,), reason in found:
+            raise RunError(
                 f"cannot decode {self._encoded.manifest.where(int(image))}, of the held-out "
-                f"images: {describe(self._encoded, int(image))}; mend or remove the file: an "
-                "evaluation leaves no image out"
+                f"images: {reason}; mend or remove the file: an evaluation leaves no image out"
             )
-        return f"a batch cannot be decoded, though each of its images can: {error}"

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from jpegs import (
@@ -561,24 +563,69 @@ def test_iterators_that_are_left_hold_no_threads(shards: Source) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("on_bad", ["skip", "error"])
-def test_a_reading_that_fails_once_costs_nothing(
-    shards: Source, monkeypatch: pytest.MonkeyPatch, on_bad: str
-) -> None:
-    """As stores do now and then: it is tried again, and no image is replaced."""
-    source = shards._replace(config=replace(shards.config, on_bad=on_bad))
-    whole = source.stream(9)
-    read, calls = EncodedImages.read, itertools.count()
+def fail_some_reads(monkeypatch: pytest.MonkeyPatch, failing: dict[int, set[int]]) -> list[int]:
+    """Of these images the reads of these numbers fail, counted per image. Gives what failed."""
+    read, calls, failed = EncodedImages.read, defaultdict[int, Iterator[int]](itertools.count), []
 
     def flaky(self: EncodedImages, image: int) -> bytes:
-        if next(calls) in (7, 29):
+        if next(calls[image]) in failing.get(image, ()):
+            failed.append(image)
             raise OSError(5, "Input/output error")
         return read(self, image)
 
     monkeypatch.setattr(EncodedImages, "read", flaky)
+    return failed
+
+
+@pytest.mark.parametrize("on_bad", ["skip", "error"])
+def test_readings_that_fail_now_and_then_cost_nothing(
+    shards: Source, monkeypatch: pytest.MonkeyPatch, on_bad: str
+) -> None:
+    """As stores do: it is tried again, and no image is replaced.
+
+    Of one image also the search for what is bad fails to read it, another fails in two trials of
+    its batch.
+    """
+    source = shards._replace(config=replace(shards.config, on_bad=on_bad))
+    whole = source.stream(9)
+    failing = {seen_at(1): {0, 1}, seen_at(6): {0, 3}, seen_at(6, 2): {2}}
+    failed = fail_some_reads(monkeypatch, failing)
     found = source.stream(9)
     assert_equal_batches(found.batches, whole.batches)
     assert not found.replacements
+    assert len(failed) >= 3
+
+
+def test_an_evaluation_outlives_readings_that_fail(
+    shards: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every image once, in the same order, in the same pixels."""
+    evaluation = opened(shards.config, shards.cache, shards.token).evaluation["test"]
+    whole = list(evaluation)
+    failed = fail_some_reads(monkeypatch, {0: {0, 1}, 5: {0}, 6: {1}})
+    assert_equal_batches(list(evaluation), whole)
+    assert len(failed) >= 3
+
+
+def test_an_image_that_cannot_be_read_twice_ends_the_run_by_its_name(
+    shards: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training, though bad images are skipped, and in an evaluation."""
+    fail_some_reads(monkeypatch, {seen_at(1): set(range(99)), 5: set(range(99))})
+    with pytest.raises(RunError, match=r"cannot read train-\d+\.tar:.*Input/output error"):
+        shards.stream(9)
+    evaluation = opened(shards.config, shards.cache, shards.token).evaluation["test"]
+    with pytest.raises(RunError, match=r"cannot read val.*tar:.*Input/output error"):
+        list(evaluation)
+
+
+def test_a_batch_that_always_fails_ends_the_run(
+    shards: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every image of it can be decoded alone: not tried for ever."""
+    monkeypatch.setattr(EncodedImages, "content", lambda self, image: np.zeros(1, np.uint8))
+    with pytest.raises(RunError, match="a batch cannot be decoded, though each of its images can"):
+        shards.stream(1)
 
 
 # ---- the process lives
