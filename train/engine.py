@@ -8,9 +8,8 @@ unscale -> `before_update` -> clip -> optimizer -> `after_update`.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,17 +17,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from data.errors import RunError, UserError
+from data.errors import UserError
 from data.loader import Batch
 from train.objective import Objective
+from train.ranks import Ranks
 from train.state import Network, TrainState
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_PATIENCE = timedelta(hours=12)
-T = TypeVar("T")
 
 
-class Engine:
+class Engine(Ranks):
     """One rank of a training on one process or many (torchrun), on CPU (gloo) or CUDA (NCCL)."""
 
     def __init__(
@@ -54,9 +52,7 @@ class Engine:
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=handlers)
         self.device = self.accelerator.device
         torch.backends.cudnn.benchmark = True  # shapes repeat; the first steps choose kernels
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.is_main = self.rank == 0
+        super().__init__(self.accelerator.process_index, self.accelerator.num_processes)
         self.clip, self.micro_batch = clip, micro_batch
         self._compile, self._sync_batchnorm = compile, sync_batchnorm
         self.channels_last = channels_last
@@ -169,13 +165,6 @@ class Engine:
 
     # Ranks -------------------------------------------------------------------------------
 
-    def reduce(self, values: Tensor, op: Literal["sum", "min"] = "sum") -> Tensor:
-        """The sum or the least of `values` over all ranks, elementwise."""
-        if self.world_size > 1:
-            values = values.clone()
-            dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MIN)
-        return values
-
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Gives every rank the buffers of rank 0: before an evaluation and before a checkpoint.
 
@@ -184,50 +173,6 @@ class Engine:
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-
-    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
-        """What `action` gives on rank 0, on every rank; an error there is raised everywhere.
-
-        With `patient`, the other ranks wait for hours and not only for the engine's `timeout`.
-        """
-        group = self._patient_group() if patient else None
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = action()
-            except Exception as error:
-                outcome[1] = error
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, 0, group=group, device=torch.device("cpu"))
-        if group is not None:
-            dist.destroy_process_group(group)
-        if outcome[1] is not None:
-            outcome[1].met_by_all = True  # so that one rank's message is enough
-            raise outcome[1]
-        result: T = outcome[0]
-        return result
-
-    def _patient_group(self) -> dist.ProcessGroup | None:
-        if self.world_size == 1:
-            return None
-        group = dist.new_group(timeout=_PATIENCE, backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        return group
-
-    def gather(self, value: T) -> list[T]:
-        """`value` of each rank, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def require_same(self, value: str, what: str) -> None:
-        """Raises `RunError` unless all ranks hold the same `value`."""
-        values = self.gather(value)
-        if len(set(values)) > 1:
-            described = ", ".join(f"rank {rank}: {v[:12]}" for rank, v in enumerate(values))
-            raise RunError(f"{what} differ between the ranks ({described}); the run stops here")
 
     def close(self) -> None:
         """Leaves the process group, once what holds a reference to it is collected."""
