@@ -19,8 +19,9 @@ from train.evaluate import evaluate
 GROUP_NORM = (
     TOML.replace("width = 4", 'width = 8\nnorm = "group"')
     .replace("rounds = 2", "rounds = 0")
-    .replace("lr = 0.1", "lr = 0.02")
+    .replace("lr = 0.1", "lr = 0.005")
 )
+"""at a low rate: at a high one a ReLU that rounding has tipped over grows beyond any tolerance"""
 
 
 def test_weights_agree_on_one_and_two_ranks(tmp_path: Path) -> None:
