@@ -53,12 +53,7 @@ class EncodedImages:
         name = manifest.files[int(manifest.file_of[image])]
         start, length = int(manifest.offsets[image]), int(manifest.num_bytes[image])
         if not self._folder.is_local:
-            try:
-                return self._folder.read_range(name, start, length)
-            except OSError:
-                raise
-            except Exception as error:  # stores have errors of their own
-                raise OSError(f"{type(error).__name__}: {error}") from error
+            return self._folder.read_range(name, start, length)
         file = self._open(os.fsdecode(self._prefix) + name)
         return os.pread(file.descriptor, length, start)
 

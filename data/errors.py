@@ -12,6 +12,10 @@ class RunError(Exception):
     """The run cannot go on, and nothing is lost: full disk, non-finite loss. Exit code 1."""
 
 
+class StoreError(RunError, OSError):
+    """An object store failed, beyond what its client tries again by itself."""
+
+
 class Interrupted(Exception):
     """SIGTERM or SIGUSR1 came, and the state is saved. Exit code 75 (EX_TEMPFAIL)."""
 

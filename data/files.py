@@ -1,16 +1,22 @@
 """Files of a run, on the local disk or on any fsspec URL, written whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 
-from data.errors import RunError, UserError
+from data.errors import RunError, StoreError, UserError
 
+TEMPORARY = ".tmp"
+"""ends the name of what is being written; after a crash it may stay"""
 _TAGS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
 """what object stores call the mark of an object's content or time"""
 
@@ -36,6 +42,11 @@ class Folder:
             raise UserError(f"{self.url}: cannot be opened: {error}") from None
         protocol = self._fs.protocol
         self.is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        if not self.is_local:
+            self._fs = _Store(self._fs, self.url)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (self.url,)
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.url}/{name}")
@@ -93,9 +104,26 @@ class Folder:
         digest = hashlib.sha256(tag.encode()).digest()
         return int(facts["size"]), int.from_bytes(digest[:8], "little") >> 1
 
+    def size(self, name: str) -> int:
+        """The bytes of a file. Raises `FileNotFoundError`."""
+        return int(self._fs.info(self._join(name))["size"])
+
+    def age(self, name: str) -> float | None:
+        """Seconds since a file was written, or `None` where the storage does not tell."""
+        try:
+            modified = self._fs.modified(self._join(name))
+        except NotImplementedError:
+            return None
+        return float((datetime.now(UTC) - modified.astimezone(UTC)).total_seconds())
+
+    def touch(self, name: str) -> None:
+        """Makes a local file as young as if it were written now."""
+        os.utime(self._join(name))
+
     def digest(self, name: str) -> str:
         """The SHA-256 of a file, in hexadecimal. Raises `FileNotFoundError`."""
-        with self._fs.open(self._join(name), "rb") as file:
+        told = contextlib.nullcontext() if self.is_local else _one_kind_of_error(self.url)
+        with told, self._fs.open(self._join(name), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def read_json(self, name: str) -> Any:
@@ -116,7 +144,7 @@ class Folder:
             return
         target = Path(self._join(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -162,6 +190,35 @@ class Folder:
 
     def _join(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
+
+
+class _Store:
+    """A remote file system of which every failure is an `OSError` that names the place."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self._fs, self._url = fs, url
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with _one_kind_of_error(self._url):
+                return found(*arguments, **options)
+
+        return call
+
+
+@contextlib.contextmanager
+def _one_kind_of_error(url: str) -> Iterator[None]:
+    """Stores have errors of their own: all but those of missing files become `StoreError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise StoreError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 def _open(url: str) -> tuple[Any, str]:

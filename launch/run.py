@@ -7,7 +7,7 @@ from launch.claim import claim_data, claimed
 from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
 from launch.summary import summarise
-from pruning.tickets import TicketFolder
+from pruning.store import TicketFolder
 from train.engine import Engine
 from train.metrics import Recorder
 from train.progress import Display

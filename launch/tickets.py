@@ -9,7 +9,8 @@ from rich.table import Table
 from data.errors import UserError, did_you_mean
 from data.files import Folder
 from launch.summary import accuracy
-from pruning.tickets import Ticket, TicketFolder
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket
 
 
 def find_run(run: str, root: str) -> Folder:
@@ -36,7 +37,7 @@ def list_tickets(run: str, *, root: str, as_json: bool) -> None:
             ticket.id[:8],
             (ticket.parent or "-")[:8],
             f"{ticket.density:.2%}",
-            f"{ticket.masks.kept:,}",
+            f"{ticket.stored_masks.num_kept:,}",
             f"{accuracy(ticket):.4f}",
         )
     Console().print(table)
@@ -55,9 +56,8 @@ def show_ticket(run: str, name: str | None, *, root: str, as_json: bool) -> None
     console.print(f"{ticket.stage}/{ticket.name}  {ticket.id}")
     console.print(f"lineage   {' <- '.join(_lineage(ticket, tickets))}")
     console.print(f"model     {ticket.model.name}, {ticket.model.num_classes} classes")
-    console.print(
-        f"density   {ticket.density:.4%} ({ticket.masks.kept:,} of {ticket.masks.size:,})"
-    )
+    masks = ticket.stored_masks
+    console.print(f"density   {ticket.density:.4%} ({masks.num_kept:,} of {masks.size:,})")
     start = ticket.weights_digest or "none: not found by weight rewinding"
     console.print(f"weights   step {ticket.step}: {start[:40]}")
     for split, values in ticket.metrics.items():

@@ -23,7 +23,9 @@ from pruning.allocate import Scope, keep_count, prune_fraction, shuffle_layers
 from pruning.masks import Masks
 from pruning.program import Arm, train_ticket
 from pruning.scores import magnitude
-from pruning.tickets import Ticket, TicketFolder, write_weights
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket
+from pruning.weight_store import StoredWeights, write_weights
 from train.duration import check_durations
 from train.schedule import constant
 from train.session import Session, Start
@@ -165,9 +167,9 @@ class _Imp:
     def _control(self, control: Control, ticket: Ticket) -> Ticket:
         seed = self.session.seed("imp", control, ticket.level)
         masks: dict[Control, Callable[[], Masks]] = {
-            "random": lambda: shuffle_layers(ticket.masks, seed),
-            "reinit": lambda: ticket.masks,
-            "oneshot": lambda: self._oneshot(ticket.masks.kept),
+            "random": lambda: shuffle_layers(self._masks(ticket), seed),
+            "reinit": lambda: self._masks(ticket),
+            "oneshot": lambda: self._oneshot(ticket.stored_masks.num_kept),
         }
 
         def fresh() -> Start:
@@ -203,12 +205,15 @@ class _Imp:
 
     # Masks and weights -------------------------------------------------------------------
 
+    def _masks(self, ticket: Ticket) -> Masks:
+        return ticket.read(self.session.engine).masks
+
     def _pruned(self, parent: Ticket) -> Masks:
         """The parent's masks, less its smallest final weights."""
         model = self.network.module
         model.load_state_dict(self._final(parent).weights)
         scores = magnitude(model, exclude=self.config.exclude)
-        masks = parent.masks.to(self.session.engine.device)
+        masks = self._masks(parent).to(self.session.engine.device)
         fraction = self.config.prune_fraction
         try:
             pruned = prune_fraction(scores, masks, fraction, self.config.scope).to("cpu")
@@ -253,7 +258,5 @@ class _Imp:
             folder = self.session.folder / place
             raise RunError(f"{error}; remove {folder} to train that level again") from error
 
-    def _store(self, weights: dict[str, Tensor]) -> str:
-        objects = self.tickets.objects
-        digest: str = self.session.engine.on_main(lambda: write_weights(objects, weights))
-        return digest
+    def _store(self, weights: dict[str, Tensor]) -> StoredWeights:
+        return write_weights(self.tickets.objects, weights, self.session.engine)

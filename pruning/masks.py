@@ -1,16 +1,14 @@
 """Which weights are kept: `Masks` and its algebra."""
 
 import fnmatch
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.errors import UserError, did_you_mean
+from pruning.packing import Packing, masks_digest, pack_bits, unpack_bits  # noqa: F401
 
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -90,11 +88,8 @@ class Masks(Mapping[str, Tensor]):
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and bits, the same for any order of layers and any device."""
-        sha = hashlib.sha256()
-        for name in sorted(self):
-            sha.update(json.dumps([name, list(self[name].shape)]).encode())
-            sha.update(pack_bits(self[name]))
-        return sha.hexdigest()
+        packing = Packing.of(self)
+        return masks_digest(packing.shapes, packing.chunk_digests(self))
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
@@ -145,20 +140,3 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Para
     if not weights:
         raise UserError("exclude leaves no layer to prune")
     return weights
-
-
-def pack_bits(mask: Tensor) -> bytes:
-    """Eight weights a byte, the first in the lowest bit, in row-major order."""
-    return np.packbits(mask.cpu().contiguous().numpy(), axis=None, bitorder="little").tobytes()
-
-
-def unpack_bits(packed: bytes, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack_bits`. Raises `ValueError` for a wrong length or stray bits."""
-    count = int(np.prod(shape, dtype=np.int64))
-    data = np.frombuffer(packed, np.uint8)
-    if len(data) != (count + 7) // 8:
-        raise ValueError(f"{len(data)} bytes for {count} weights")
-    bits = np.unpackbits(data, bitorder="little")
-    if bits[count:].any():
-        raise ValueError("bits beyond the last weight")
-    return torch.from_numpy(bits[:count].astype(bool)).view(shape)

@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pruning.fixed import FixedMasks
+from pruning.mask_store import read_masks, write_masks
 from pruning.masks import Masks
-from pruning.tickets import Ticket, TicketFolder, software_versions
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket, software_versions
+from pruning.weight_store import StoredWeights
 from train.schedule import Schedule
 from train.session import MakeSparsity, Outcome, Phase, Session, Start
 from train.state import Network
@@ -35,7 +38,7 @@ class Arm:
     control: bool = False
     rewind_step: int = 0
     """k, which the ticket records"""
-    weights: Callable[[Start], str | None] = lambda start: None
+    weights: Callable[[Start], StoredWeights | None] = lambda start: None
     """stores the state that the ticket starts from; called when the training is done"""
     keep: frozenset[int] = frozenset()
     config: dict[str, Any] = field(default_factory=dict)
@@ -63,11 +66,14 @@ def train_ticket(
     if finished is not None:
         session.display.skip(arm.stop - arm.first_step)
         return finished
-    chosen = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
-    if chosen is None:
+    stored = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
+    if stored is None:
         chosen = arm.masks()
         engine.require_same(chosen.digest(), f"the masks of {arm.stage}/{arm.name}")
-        engine.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, chosen))
+        stored = write_masks(tickets.objects, chosen, engine)
+        engine.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, stored))
+    else:
+        chosen = read_masks(tickets.objects, stored, engine)
     on_device, start = chosen.to(engine.device), arm.start()
     make = (make_sparsity or _fixed)(on_device)
     phase = Phase(
@@ -80,28 +86,34 @@ def train_ticket(
         keep=arm.keep,
     )
     outcome = session.train(phase, network, start, make)
-    ticket = _describe(session, tickets, arm, outcome, arm.weights(start))
-    engine.require_same(ticket.masks.digest(), f"the masks of {arm.stage}/{arm.name}")
+    masks = Masks(outcome.sparsity.masks).to("cpu")
+    engine.require_same(masks.digest(), f"the masks of {arm.stage}/{arm.name}")
+    ticket = _describe(session, tickets, arm, outcome, masks, arm.weights(start))
     engine.on_main(lambda: tickets.write(ticket))
     session.display.say(_line(ticket))
     return ticket
 
 
 def _describe(
-    session: Session, tickets: TicketFolder, arm: Arm, outcome: Outcome, weights: str | None
+    session: Session,
+    tickets: TicketFolder,
+    arm: Arm,
+    outcome: Outcome,
+    masks: Masks,
+    weights: StoredWeights | None,
 ) -> Ticket:
-    """The ticket of a training that has ended."""
-    masks = Masks(outcome.sparsity.masks).to("cpu")
-    return Ticket(
+    """The ticket of a training that has ended; its objects are stored."""
+    parent = arm.parent
+    ticket = Ticket(
         method=arm.method,
         level=arm.level,
         control=arm.control,
-        density=masks.density,
-        masks=masks,
         model=session.model_spec,
         step=arm.rewind_step,
-        weights_digest=weights,
-        parent=None if arm.parent is None else arm.parent.id,
+        stored_masks=write_masks(tickets.objects, masks, session.engine),
+        stored_weights=weights,
+        parent=None if parent is None else parent.id,
+        lineage=() if parent is None else (parent.as_ancestor(), *parent.lineage),
         config={**arm.config, "settings": asdict(session.settings)},
         metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
         timing={"images_per_second": session.recorder.images_per_second(arm.stage, arm.name)},
@@ -110,6 +122,7 @@ def _describe(
         name=arm.name,
         objects=tickets.objects,
     )
+    return ticket.hold(masks)
 
 
 def _fixed(masks: Masks) -> MakeSparsity:

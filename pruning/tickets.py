@@ -1,170 +1,297 @@
-"""Tickets: masks, the weights they start from, and where they come from, in files without pickle.
+"""Tickets: which weights are kept, from which state they are trained, and where they come from.
 
-A level's `ticket.json` is written last and refers to objects in the run's `tickets/` folder, each
-in a folder named by the digest of its content: bit-packed masks, and weights, both as safetensors.
-Equal masks and equal weights are stored once. Loading recomputes every digest.
+A ticket is an index, a JSON document that is written last, and the objects that it names: the
+bits of its masks, and the weights at step k. The index hashes to the ticket's id; every object is
+verified on loading; nothing goes through pickle. docs/formats.md specifies it.
 """
 
 import hashlib
-import json
 import platform
 import re
-import struct
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data.errors import RunError, UserError
 from data.files import Folder
-from pruning.masks import Masks, pack_bits, unpack_bits
+from pruning import document
+from pruning.mask_store import StoredMasks, read_masks
+from pruning.masks import Masks, prunable
+from pruning.objects import Objects
+from pruning.packing import canonical
+from pruning.weight_store import StoredWeights, read_weights
 from train.models import ModelSpec
+from train.ranks import ALONE, Ranks
 
-FORMAT = 1
-_FILE = "ticket.json"
-_CHOSEN = "masks.json"
-_MASKS, _WEIGHTS = "masks.safetensors", "weights.safetensors"
+KIND = "tombola-ticket"
+INDEX = "ticket.json"
+"""in the folder of a level"""
+STORED = re.compile(r"([0-9a-f]{64})\.json")
+"""in a store"""
+_SHORTEST_ID = 6
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A ticket of the lineage, as its descendants remember it."""
+
+    id: str
+    method: str
+    level: int
+    density: float
 
 
 @dataclass(frozen=True)
 class Ticket:
     """A sparse trainable subnetwork: which weights, from which state, and what it reached.
 
-    `weights_digest` names the state (weights and buffers) at `step`, from which the ticket is
+    `stored_weights` is the state (weights and buffers) at `step`, from which the ticket is
     trained; it is `None` for a ticket without one (learning-rate rewinding, fine-tuning).
     """
 
     method: str
     level: int
-    density: float
-    masks: Masks
     model: ModelSpec
     step: int
-    weights_digest: str | None
-    parent: str | None
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    timing: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    stored_masks: StoredMasks
+    stored_weights: StoredWeights | None
+    objects: Objects = field(compare=False, repr=False)
+    parent: str | None = None
+    lineage: tuple[Ancestor, ...] = ()
+    """the parent, its parent, and so on"""
     stage: str = ""
     name: str = ""
     control: bool = False
     """trained for comparison beside its parent, not a ticket of the method"""
-    objects: Folder | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def id(self) -> str:
-        """SHA-256 of what the ticket is: masks, weights, model, step, lineage; not of metrics."""
-        identity = {
-            "format": FORMAT,
-            "method": self.method,
-            "level": self.level,
-            "parent": self.parent,
-            "masks": self.masks.digest(),
-            "weights": self.weights_digest,
-            "step": self.step,
-            "model": asdict(self.model),
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, url: str | Path) -> "Ticket":
-        """The ticket in a level's folder, such as `runs/digits-imp/imp/level-07`.
+    def load(cls, url: str | Path, ranks: Ranks = ALONE) -> "Ticket":
+        """The ticket at a place such as `runs/digits-imp/imp/level-07` or `s3://store/<id>.json`.
 
-        Raises `UserError` where there is none, `RunError` where a file of it is damaged.
+        With several ranks each reads a part of the masks. Raises `UserError` where there is none,
+        `RunError` where a file of it is damaged.
         """
-        folder = Folder(str(url).removesuffix(f"/{_FILE}"))
-        if not folder.exists(_FILE):
-            raise UserError(f"{folder}: no ticket here (a ticket is a folder with {_FILE})")
-        return _read(folder, folder.parent.parent / "tickets")
+        return ranks.on_main(lambda: find_ticket(url)).read(ranks)
+
+    def read(self, ranks: Ranks = ALONE) -> "Ticket":
+        """This ticket, with its masks read and verified. Raises `RunError`."""
+        if "masks" not in vars(self):
+            self.hold(read_masks(self.objects, self.stored_masks, ranks))
+        return self
+
+    def hold(self, masks: Masks) -> "Ticket":
+        """This ticket, with its masks, which then need not be read."""
+        vars(self)["masks"] = masks
+        return self
+
+    @cached_property
+    def masks(self) -> Masks:
+        """What is kept; read from the objects when it is first asked for."""
+        return read_masks(self.objects, self.stored_masks)
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 of what the ticket is: masks, weights, model, step, lineage; not of metrics."""
+        return hashlib.sha256(canonical(self._identity())).hexdigest()
+
+    @property
+    def density(self) -> float:
+        """The fraction of the prunable weights that is kept."""
+        return self.stored_masks.num_kept / self.stored_masks.size
+
+    @property
+    def weights_digest(self) -> str | None:
+        """Names the state at `step`."""
+        return None if self.stored_weights is None else self.stored_weights.digest
 
     def weights(self) -> dict[str, Tensor]:
         """The state at `step`, on the CPU, not masked. Raises `UserError` if there is none."""
-        if self.weights_digest is None or self.objects is None:
+        if self.stored_weights is None:
             raise UserError(
                 f"ticket {self.id[:12]} ({self.method}, level {self.level}) has no weights to "
                 "start from: it was found by learning-rate rewinding or fine-tuning"
             )
-        return read_weights(self.objects, self.weights_digest)
+        return read_weights(self.objects, self.stored_weights)
 
     def build_model(self) -> nn.Module:
         """The network at `step` with the masked weights zero: what the ticket is trained from."""
+        self.require_fit()
         model = self.model.build()
         model.load_state_dict(self.weights())
         self.masks.project_(model)
         return model
 
+    def require_fit(self) -> None:
+        """Raises `RunError` unless masks and weights are of the shapes that the model has."""
+        with torch.device("meta"):
+            model = self.model.build()
+        shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
+        for name, shape in self.stored_masks.shapes.items():
+            if shapes.get(name) != shape:
+                raise RunError(f"ticket {self.id[:12]}: no weights {name} of {shape} in its model")
+        if self.stored_weights is None:
+            return
+        told = {name: tensor.shape for name, tensor in self.stored_weights.tensors.items()}
+        if told != {name: tuple(value.shape) for name, value in model.state_dict().items()}:
+            raise RunError(f"ticket {self.id[:12]}: its weights are not those of its model")
+
+    def as_ancestor(self) -> Ancestor:
+        """What descendants remember of this ticket."""
+        return Ancestor(self.id, self.method, self.level, self.density)
+
     def summary(self) -> dict[str, Any]:
-        """All but the masks' bits, as a JSON document."""
+        """All but bits and weights, as a JSON document."""
         return {
-            "format": FORMAT,
             "id": self.id,
             "stage": self.stage,
             "name": self.name,
-            "method": self.method,
-            "control": self.control,
-            "level": self.level,
             "density": self.density,
-            "kept": self.masks.kept,
-            "parent": self.parent,
-            "step": self.step,
-            "masks": self.masks.digest(),
-            "weights": self.weights_digest,
-            "model": asdict(self.model),
-            "config": self.config,
-            "metrics": self.metrics,
-            "timing": self.timing,
-            "versions": self.versions,
+            "kept": self.stored_masks.num_kept,
+            **self._identity(),
+            **self._about(),
         }
 
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "level": self.level,
+            "step": self.step,
+            "parent": self.parent,
+            "model": asdict(self.model),
+            "masks": self.stored_masks.digest,
+            "weights": self.weights_digest,
+        }
 
-class TicketFolder:
-    """The tickets of a run: `<stage>/<name>/ticket.json`, and the objects that they share."""
+    def _about(self) -> dict[str, Any]:
+        """What does not make the ticket another one."""
+        about: dict[str, Any] = document.finite(
+            {
+                "stage": self.stage,
+                "name": self.name,
+                "control": self.control,
+                "lineage": [asdict(one) for one in self.lineage],
+                "config": self.config,
+                "metrics": self.metrics,
+                "timing": self.timing,
+                "versions": self.versions,
+            }
+        )
+        return about
 
-    def __init__(self, run: Folder) -> None:
-        self._run = run
-        self.objects = run / "tickets"
 
-    def find(self, stage: str, name: str) -> Ticket | None:
-        """The ticket of that name, or `None` where it is not finished yet."""
-        folder = self._run / f"{stage}/{name}"
-        return _read(folder, self.objects) if folder.exists(_FILE) else None
+def find_ticket(url: str | Path) -> Ticket:
+    """The ticket at a place, without its masks' bits.
 
-    def chosen_masks(self, stage: str, name: str) -> Masks | None:
-        """The masks with which a training began, or `None` where it did not begin yet."""
-        folder = self._run / f"{stage}/{name}"
-        if not folder.exists(_CHOSEN):
-            return None
-        document = folder.read_json(_CHOSEN)
-        if not isinstance(document, dict) or not isinstance(document.get("masks"), str):
-            raise RunError(f"{folder}/{_CHOSEN}: damaged: remove it to choose the masks again")
-        return read_masks(self.objects, document["masks"])
-
-    def choose_masks(self, stage: str, name: str, masks: Masks) -> None:
-        """Writes down the masks with which a training begins: a resume has these, no others."""
-        digest = write_masks(self.objects, masks)
-        (self._run / f"{stage}/{name}").write_json(_CHOSEN, {"masks": digest})
-
-    def write(self, ticket: Ticket) -> None:
-        """Writes the masks, and then the ticket itself."""
-        write_masks(self.objects, ticket.masks)
-        (self._run / f"{ticket.stage}/{ticket.name}").write_json(_FILE, ticket.summary())
-
-    def all(self) -> list[Ticket]:
-        """Every finished ticket of the run, by stage and name."""
-        return [
-            _read(folder, self.objects)
-            for stage in self._run.names()
-            for name in (self._run / stage).names()
-            if (folder := self._run / f"{stage}/{name}").exists(_FILE)
+    The place is a level's folder in a run, `STORE/<id>.json`, or `STORE/<beginning of the id>`.
+    Raises `UserError` where there is none, `RunError` where its index is damaged.
+    """
+    location = str(url).rstrip("/").removesuffix(f"/{INDEX}")
+    folder = Folder(location)
+    if folder.exists(INDEX):
+        return read_index(folder, INDEX, run_objects(folder.parent.parent))
+    parent, _, name = folder.url.rpartition("/")
+    store, beginning = Folder(parent or "."), name.removesuffix(".json")
+    if re.fullmatch(rf"[0-9a-f]{{{_SHORTEST_ID},64}}", beginning):
+        found = [
+            one for one in store.names() if STORED.fullmatch(one) and one.startswith(beginning)
         ]
+        if len(found) > 1:
+            raise UserError(f"{folder}: {len(found)} tickets begin like that: give more of the id")
+        if found:
+            return read_stored(store, found[0].removesuffix(".json"))
+    raise UserError(
+        f"{folder}: no ticket here (a ticket is a folder with {INDEX}, or STORE/ID in a store)"
+    )
+
+
+def run_objects(run: Folder) -> Objects:
+    """What the tickets of a run share."""
+    return Objects(run / "tickets/objects")
+
+
+def read_stored(store: Folder, ticket_id: str) -> Ticket:
+    """A ticket of a store by its id. Raises `FileNotFoundError` or `RunError`."""
+    name = f"{ticket_id}.json"
+    ticket = read_index(store, name, Objects(store / "objects"))
+    if ticket.id != ticket_id:
+        raise RunError(f"{store}/{name}: damaged: this is ticket {ticket.id}")
+    return ticket
+
+
+def write_index(ticket: Ticket, folder: Folder, name: str) -> None:
+    """Commits a ticket, whose objects are there."""
+    body = {
+        "id": ticket.id,
+        "identity": ticket._identity(),
+        "masks": ticket.stored_masks.to_json(),
+        "weights": None if ticket.stored_weights is None else ticket.stored_weights.to_json(),
+        "about": ticket._about(),
+    }
+    document.write_document(folder, name, KIND, body)
+
+
+def read_index(folder: Folder, name: str, objects: Objects) -> Ticket:
+    """A ticket without its masks' bits. Raises `FileNotFoundError` or `RunError`."""
+    return document.read_document(folder, name, KIND, lambda body: _parse(body, objects))
+
+
+def _parse(body: dict[str, Any], objects: Objects) -> Ticket:
+    identity = document.mapping(body["identity"], "identity")
+    about = document.mapping(body["about"], "about")
+    weights = body["weights"]
+    ticket = Ticket(
+        method=document.text(identity["method"], "method"),
+        level=document.count(identity["level"], "level"),
+        model=_model(identity["model"]),
+        step=document.count(identity["step"], "step"),
+        stored_masks=StoredMasks.from_json(body["masks"]),
+        stored_weights=None if weights is None else StoredWeights.from_json(weights),
+        objects=objects,
+        parent=document.optional(document.digest, identity["parent"], "parent"),
+        lineage=tuple(map(_ancestor, document.sequence(about["lineage"], "lineage"))),
+        stage=document.text(about["stage"], "stage"),
+        name=document.text(about["name"], "name"),
+        control=document.flag(about["control"], "control"),
+        config=document.mapping(about["config"], "config"),
+        metrics=document.mapping(about["metrics"], "metrics"),
+        timing=document.mapping(about["timing"], "timing"),
+        versions=document.mapping(about["versions"], "versions"),
+    )
+    if ticket._identity() != identity or ticket.id != body["id"]:
+        raise ValueError("its content does not match its id")
+    return ticket
+
+
+def _model(value: Any) -> ModelSpec:
+    row = document.mapping(value, "model")
+    return ModelSpec(
+        document.text(row["name"], "model.name"),
+        document.count(row["num_classes"], "model.num_classes"),
+        document.count(row["in_chans"], "model.in_chans"),
+        document.mapping(row["arguments"], "model.arguments"),
+    )
+
+
+def _ancestor(value: Any) -> Ancestor:
+    row = document.mapping(value, "an ancestor")
+    density = row["density"]
+    if not isinstance(density, float):
+        raise ValueError("the density of an ancestor is no number")
+    return Ancestor(
+        document.digest(row["id"], "an ancestor"),
+        document.text(row["method"], "method"),
+        document.count(row["level"], "level"),
+        density,
+    )
 
 
 def software_versions() -> dict[str, str]:
@@ -177,124 +304,3 @@ def software_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-# Objects ---------------------------------------------------------------------------------
-
-
-def write_masks(objects: Folder, masks: Masks) -> str:
-    """Stores masks under their digest, unless they are there already; returns the digest."""
-    digest = masks.digest()
-    if not _is_whole(read_masks, objects, digest):
-        packed = {
-            name: torch.from_numpy(np.frombuffer(pack_bits(mask), np.uint8).copy())
-            for name, mask in masks.items()
-        }
-        shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
-        content = safetensors.torch.save(packed, {"format": "tombola-masks-1", "shapes": shapes})
-        objects.write(f"{digest}/{_MASKS}", content)
-    return digest
-
-
-def read_masks(objects: Folder, digest: str) -> Masks:
-    """The masks of that digest. Raises `RunError` where they are missing or damaged."""
-    tensors, header = _read_object(objects, digest, _MASKS)
-    file = f"{objects}/{digest}/{_MASKS}"
-    try:
-        if header.get("format") != "tombola-masks-1":
-            raise ValueError(f"unknown format {header.get('format')!r}")
-        shapes = {name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()}
-        masks = Masks(
-            {name: unpack_bits(tensors[name].numpy().tobytes(), s) for name, s in shapes.items()}
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{file}: damaged: {error}") from error
-    if masks.digest() != digest:
-        raise RunError(f"{file}: damaged: its content does not match its digest")
-    return masks
-
-
-def write_weights(objects: Folder, weights: dict[str, Tensor]) -> str:
-    """Stores a state dict under its digest, unless it is there already; returns the digest."""
-    plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    digest = weights_digest(plain)
-    if not _is_whole(read_weights, objects, digest):
-        content = safetensors.torch.save(plain, {"format": "tombola-weights-1"})
-        objects.write(f"{digest}/{_WEIGHTS}", content)
-    return digest
-
-
-def read_weights(objects: Folder, digest: str) -> dict[str, Tensor]:
-    """The state dict of that digest. Raises `RunError` where it is missing or damaged."""
-    tensors, _ = _read_object(objects, digest, _WEIGHTS)
-    if weights_digest(tensors) != digest:
-        file = f"{objects}/{digest}/{_WEIGHTS}"
-        raise RunError(f"{file}: damaged: its content does not match its digest")
-    return tensors
-
-
-def weights_digest(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values."""
-    sha = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
-        sha.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        sha.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def _is_whole(read: Callable[[Folder, str], object], objects: Folder, digest: str) -> bool:
-    """Whether the object is there and undamaged: a damaged one is written again."""
-    try:
-        read(objects, digest)
-    except RunError:
-        return False
-    return True
-
-
-def _read_object(
-    objects: Folder, digest: str, name: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise RunError(f"{digest!r} is no digest")
-    file = f"{digest}/{name}"
-    try:
-        content = objects.read(file)
-        tensors = safetensors.torch.load(content)
-        (length,) = struct.unpack("<Q", content[:8])
-        header: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except FileNotFoundError as error:
-        raise RunError(f"{objects}/{file}: missing") from error
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"{objects}/{file}: damaged: {error}") from error
-    return tensors, header
-
-
-def _read(folder: Folder, objects: Folder) -> Ticket:
-    try:
-        document = folder.read_json(_FILE)
-        if document["format"] != FORMAT:
-            raise ValueError(f"format {document['format']!r} is not known, only {FORMAT}")
-        ticket = Ticket(
-            method=document["method"],
-            level=document["level"],
-            density=document["density"],
-            masks=read_masks(objects, document["masks"]),
-            model=ModelSpec(**document["model"]),
-            step=document["step"],
-            weights_digest=document["weights"],
-            parent=document["parent"],
-            config=document["config"],
-            metrics=document["metrics"],
-            timing=document["timing"],
-            versions=document["versions"],
-            stage=document["stage"],
-            name=document["name"],
-            control=document["control"],
-            objects=objects,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder}/{_FILE}: damaged: {error}") from error
-    if ticket.id != document["id"]:
-        raise RunError(f"{folder}/{_FILE}: damaged: its content does not match its id")
-    return ticket

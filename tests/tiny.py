@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruning.tickets import Ticket
 from train.safe_dcp import read_tensors
 
 TOML = """
@@ -55,7 +56,7 @@ def ticket_facts(run: Path) -> dict[str, dict[str, Any]]:
     """Every ticket.json by its folder, without timing."""
     found = {}
     for path in sorted(run.glob("*/*/ticket.json")):
-        document = json.loads(path.read_text())
+        document = Ticket.load(path).summary()
         document.pop("timing")
         found[str(path.parent.relative_to(run))] = document
     return found

@@ -1,5 +1,6 @@
 """Models by name: any timm model, and the CIFAR networks of the papers."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,6 +52,14 @@ class ModelSpec:
     num_classes: int
     in_chans: int
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what would fetch or unpickle a file: a ticket may be anyone's."""
+        if re.search(r"[:/]", self.name):
+            raise ValueError(f"model {self.name!r} is not one that is built here")
+        for argument in self.arguments:
+            if re.search(r"pretrained|checkpoint|cache|_file", argument):
+                raise ValueError(f"model argument {argument!r} reads a file")
 
     @classmethod
     def of(cls, config: ModelConfig, *, num_classes: int, in_chans: int) -> "ModelSpec":

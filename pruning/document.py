@@ -1,0 +1,134 @@
+"""JSON documents that commit to their own content, and the narrow door through which they come in.
+
+What is read may be torn, flipped or made up: it is measured before it is parsed, its checksum is
+compared, and every field is taken through a function that refuses any other type.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from data.errors import RunError
+from data.files import Folder
+from pruning.packing import Shape, canonical
+
+VERSION = 2
+_MOST_BYTES = 64 << 20
+_MOST_WEIGHTS = 1 << 40
+T = TypeVar("T")
+
+
+def write_document(folder: Folder, name: str, kind: str, body: dict[str, Any]) -> None:
+    """Writes `body` with its kind, version and checksum, whole or not at all."""
+    document = {"format": kind, "version": VERSION, **body}
+    document["sha256"] = hashlib.sha256(canonical(document)).hexdigest()
+    folder.write_json(name, document)
+
+
+def read_document(folder: Folder, name: str, kind: str, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of a document of that kind.
+
+    Raises `FileNotFoundError` where there is none, `RunError` naming the file where it is damaged,
+    made by another version, or not what `parse` expects (it raises `ValueError`).
+    """
+    try:
+        if folder.size(name) > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
+        document = mapping(folder.read_json(name), "the document")
+        if document.get("format") != kind:
+            raise ValueError(f"format {document.get('format')!r}: not a {kind}")
+        if document.get("version") != VERSION:
+            raise ValueError(
+                f"version {document.get('version')!r}: this Tombola reads only version {VERSION}"
+            )
+        checksum = document.pop("sha256", None)
+        if hashlib.sha256(canonical(document)).hexdigest() != checksum:
+            raise ValueError("its content does not match its checksum")
+        return parse(document)
+    except (KeyError, ValueError) as error:
+        missing = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{folder}/{name}: damaged: {missing}") from error
+
+
+# One field ----------------------------------------------------------------------------------
+
+
+def mapping(value: Any, what: str) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError`, like all of these."""
+    return _of_type(value, dict, what)
+
+
+def sequence(value: Any, what: str) -> list[Any]:
+    """A JSON array."""
+    return _of_type(value, list, what)
+
+
+def text(value: Any, what: str) -> str:
+    """A JSON string."""
+    return _of_type(value, str, what)
+
+
+def flag(value: Any, what: str) -> bool:
+    """`true` or `false`."""
+    return _of_type(value, bool, what)
+
+
+def count(value: Any, what: str, most: int = _MOST_WEIGHTS) -> int:
+    """An integer from 0 to `most`."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{what} is {_short(value)}, not a number from 0 to {most}")
+    return value
+
+
+def counts(value: Any, what: str) -> tuple[int, ...]:
+    """An array of them."""
+    return tuple(count(one, what) for one in sequence(value, what))
+
+
+def shape(value: Any, what: str) -> Shape:
+    """The shape of a tensor of at most 2^40 weights."""
+    sizes = counts(value, what)
+    if math.prod(sizes) > _MOST_WEIGHTS:
+        raise ValueError(f"{what} is {_short(sizes)}: more than 2^40 weights")
+    return sizes
+
+
+def digest(value: Any, what: str) -> str:
+    """A SHA-256 in hexadecimal."""
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{what} is {_short(value)}, not a SHA-256")
+    return value
+
+
+def digests(value: Any, what: str) -> tuple[str, ...]:
+    """An array of them."""
+    return tuple(digest(one, what) for one in sequence(value, what))
+
+
+def optional(take: Callable[[Any, str], T], value: Any, what: str) -> T | None:
+    """`None`, or what `take` makes of the value."""
+    return None if value is None else take(value, what)
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which infinities and NaN, which JSON does not have, are `None`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def _of_type(value: Any, kind: type[T], what: str) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {_short(value)}, not of type {kind.__name__}")
+    return value
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}..."

@@ -1,0 +1,121 @@
+"""Files named by the SHA-256 of their content: equal content is stored once, whoever wrote it."""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Sequence
+
+from data.errors import RunError
+from data.files import TEMPORARY, Folder
+
+_SUFFIX = ".safetensors"
+_FRESH = 3600.0
+"""seconds; an older object on a store is written again, so that no `collect` takes it away now"""
+
+
+class Objects:
+    """The objects in a folder or below a URL, `<SHA-256>.safetensors` each."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def file(self, digest: str) -> str:
+        """The place of an object, for messages."""
+        return f"{self.folder}/{_name(digest)}"
+
+    def put(self, content: bytes) -> str:
+        """Stores content, unless it is there and whole; gives its digest.
+
+        What is there already gets as young as what is written: see `collect`.
+        """
+        digest = hashlib.sha256(content).hexdigest()
+        if not self._is_whole(digest, len(content)):
+            self.folder.write(_name(digest), content)
+        return digest
+
+    def get(self, digest: str, num_bytes: int) -> bytes:
+        """An object whole. Raises `RunError` where it is missing or damaged."""
+        with self._missing_is_an_error(digest):
+            if self.folder.size(_name(digest)) != num_bytes:
+                raise RunError(f"{self.file(digest)}: damaged: not of {num_bytes} bytes")
+            content = self.folder.read(_name(digest))
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise RunError(f"{self.file(digest)}: damaged: its content does not match its name")
+        return content
+
+    def get_ranges(self, digest: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Parts of an object, each by its offset and length, in ascending order; unverified.
+
+        What lies side by side is read at once. Raises `RunError` where the object is missing.
+        """
+        runs: list[list[tuple[int, int]]] = []
+        for offset, length in ranges:
+            if runs and sum(runs[-1][-1]) == offset:
+                runs[-1].append((offset, length))
+            else:
+                runs.append([(offset, length)])
+        parts: list[bytes] = []
+        with self._missing_is_an_error(digest):
+            for run in runs:
+                start = run[0][0]
+                content = self.folder.read_range(_name(digest), start, sum(run[-1]) - start)
+                parts += [content[o - start : o - start + n] for o, n in run]
+        return parts
+
+    def digests(self) -> list[str]:
+        """Every object that is there, sorted."""
+        names = self.folder.names()
+        return [name.removesuffix(_SUFFIX) for name in names if re.fullmatch(_PATTERN, name)]
+
+    def collect(self, used: set[str], *, grace: float, dry_run: bool = False) -> list[str]:
+        """Removes what is not `used`, and what broken writes left, if older than `grace` seconds.
+
+        Gives the names. Younger ones may belong to a ticket whose index is still to be written.
+        """
+        wanted = {_name(digest) for digest in used}
+        found = []
+        for name in self.folder.names():
+            ours = re.fullmatch(_PATTERN, name) or name.endswith(TEMPORARY)
+            if not ours or name in wanted:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                age = self.folder.age(name)
+                if age is not None and age >= grace:
+                    found.append(name)
+                    if not dry_run:
+                        self.folder.remove(name)
+        return found
+
+    def _is_whole(self, digest: str, num_bytes: int) -> bool:
+        """Whether an object is there, undamaged, and too young to be collected."""
+        name = _name(digest)
+        try:
+            if self.folder.size(name) != num_bytes:
+                return False
+            if self.folder.is_local:
+                whole = self.folder.digest(name) == digest
+                if whole:
+                    self.folder.touch(name)
+                return whole
+            age = self.folder.age(name)
+        except FileNotFoundError:
+            return False
+        return age is not None and age < _FRESH
+
+    @contextlib.contextmanager
+    def _missing_is_an_error(self, digest: str):  # type: ignore[no-untyped-def]
+        try:
+            yield
+        except FileNotFoundError:
+            raise RunError(f"{self.file(digest)}: missing") from None
+
+
+_PATTERN = r"[0-9a-f]{64}\.safetensors"
+
+
+def _name(digest: str) -> str:
+    """The only names that are ever read or written: none leads elsewhere."""
+    name = f"{digest}{_SUFFIX}"
+    if not re.fullmatch(_PATTERN, name):
+        raise RunError(f"{digest!r} is no digest")
+    return name

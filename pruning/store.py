@@ -1,0 +1,169 @@
+"""Where tickets are kept: in the folder of a run, or in a store of their own, on any fsspec URL.
+
+A store is `<id>.json` beside `objects/`. A run has the index of each ticket in the folder of its
+level, and its objects in `tickets/objects/`. An index is written after the objects that it names,
+so what is interrupted leaves objects that nobody names, and never half a ticket.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from data.errors import RunError, UserError
+from data.files import Folder
+from pruning.document import read_document, write_document
+from pruning.mask_store import StoredMasks
+from pruning.objects import Objects
+from pruning.tickets import (
+    INDEX,
+    STORED,
+    Ticket,
+    read_index,
+    read_stored,
+    run_objects,
+    write_index,
+)
+
+_CHOSEN, _CHOSEN_KIND = "masks.json", "tombola-masks"
+
+
+class Tickets(Protocol):
+    """A place with tickets."""
+
+    folder: Folder
+    objects: Objects
+
+    def all(self) -> list[Ticket]:
+        """Every ticket, without the masks' bits. Raises `RunError` where an index is damaged."""
+        ...
+
+    def places(self) -> list[str]:
+        """Where `Ticket.load` finds each of them, damaged ones included."""
+        ...
+
+    def used(self) -> set[str]:
+        """The digests of all objects that an index names. Raises `RunError` as `all` does."""
+        ...
+
+
+class TicketStore:
+    """Tickets by their ids."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.objects = folder, Objects(folder / "objects")
+
+    def all(self) -> list[Ticket]:
+        return [read_stored(self.folder, ticket_id) for ticket_id in self._ids()]
+
+    def places(self) -> list[str]:
+        return [f"{self.folder}/{ticket_id}.json" for ticket_id in self._ids()]
+
+    def used(self) -> set[str]:
+        return {one for ticket in self.all() for one in objects_of(ticket)}
+
+    def add(self, ticket: Ticket) -> bool:
+        """Copies a ticket here: its objects, verified, and then its index.
+
+        Gives whether it was missing: a whole ticket that is there is left as it is.
+        """
+        with contextlib.suppress(FileNotFoundError, RunError):
+            read_stored(self.folder, ticket.id)
+            return False
+        for sha256, num_bytes in objects_of(ticket).items():
+            self.objects.put(ticket.objects.get(sha256, num_bytes))
+        write_index(ticket, self.folder, f"{ticket.id}.json")
+        return True
+
+    def _ids(self) -> list[str]:
+        return [match[1] for name in self.folder.names() if (match := STORED.fullmatch(name))]
+
+
+class TicketFolder:
+    """The tickets of a run: `<stage>/<name>/ticket.json`, and the objects that they share."""
+
+    def __init__(self, run: Folder) -> None:
+        self.folder, self.objects = run, run_objects(run)
+
+    def find(self, stage: str, name: str) -> Ticket | None:
+        """The ticket of that name, without bits, or `None` where it is not finished yet."""
+        try:
+            return read_index(self.folder / f"{stage}/{name}", INDEX, self.objects)
+        except FileNotFoundError:
+            return None
+
+    def write(self, ticket: Ticket) -> None:
+        """Commits a ticket, whose objects are there."""
+        write_index(ticket, self.folder / f"{ticket.stage}/{ticket.name}", INDEX)
+
+    def chosen_masks(self, stage: str, name: str) -> StoredMasks | None:
+        """The masks with which a training began, or `None` where it did not begin yet."""
+        try:
+            return _read_chosen(self.folder / f"{stage}/{name}")
+        except FileNotFoundError:
+            return None
+
+    def choose_masks(self, stage: str, name: str, masks: StoredMasks) -> None:
+        """Writes down the masks with which a training begins: a resume has these, no others."""
+        folder = self.folder / f"{stage}/{name}"
+        write_document(folder, _CHOSEN, _CHOSEN_KIND, {"masks": masks.to_json()})
+
+    def all(self) -> list[Ticket]:
+        return [read_index(folder, INDEX, self.objects) for folder in self._levels(INDEX)]
+
+    def places(self) -> list[str]:
+        return [str(folder) for folder in self._levels(INDEX)]
+
+    def used(self) -> set[str]:
+        chosen = (_read_chosen(folder) for folder in self._levels(_CHOSEN))
+        trained = {one for ticket in self.all() for one in objects_of(ticket)}
+        return trained | {shard.sha256 for masks in chosen for shard in masks.shards}
+
+    def _levels(self, file: str) -> Iterator[Folder]:
+        for stage in self.folder.names():
+            for name in (self.folder / stage).names():
+                if (folder := self.folder / f"{stage}/{name}").exists(file):
+                    yield folder
+
+
+def open_tickets(url: str) -> Tickets:
+    """The run or the store at a place. Raises `UserError` where it is neither."""
+    folder = Folder(url)
+    if folder.exists("config.toml"):
+        return TicketFolder(folder)
+    if folder.exists("objects"):
+        return TicketStore(folder)
+    raise UserError(f"{folder}: neither a run nor a ticket store")
+
+
+def objects_of(ticket: Ticket) -> dict[str, int]:
+    """The digests of the objects that a ticket names, with their bytes."""
+    shards = {shard.sha256: shard.num_bytes for shard in ticket.stored_masks.shards}
+    weights = ticket.stored_weights
+    return shards | ({} if weights is None else {f.sha256: f.num_bytes for f in weights.files})
+
+
+def collect(tickets: Tickets, *, grace: float, dry_run: bool = False) -> list[str]:
+    """Removes objects that no index names and what broken writes left; gives their names.
+
+    Only what is older than `grace` seconds: a younger object may belong to a ticket that is being
+    written. Raises `RunError`, and removes nothing, where an index cannot be read.
+    """
+    return tickets.objects.collect(tickets.used(), grace=grace, dry_run=dry_run)
+
+
+def problem_of(place: str) -> str | None:
+    """What is wrong with the ticket at a place, everything being recomputed; `None` if nothing."""
+    try:
+        ticket = Ticket.load(place)
+        ticket.require_fit()
+        if ticket.stored_weights is not None:
+            ticket.weights()
+    except (RunError, UserError) as error:
+        return str(error)
+    return None
+
+
+def _read_chosen(folder: Folder) -> StoredMasks:
+    return read_document(
+        folder, _CHOSEN, _CHOSEN_KIND, lambda body: StoredMasks.from_json(body["masks"])
+    )
