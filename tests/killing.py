@@ -1,7 +1,10 @@
 """Runs that kill themselves at a chosen point, as a machine might."""
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from processes import command
@@ -15,6 +18,8 @@ def die() -> None:
 
 def killed_run(words: list[str], point: str, count: int) -> None:
     """Runs a command in a process that kills itself when it is at `point` for time `count`."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
     from data.files import Folder, Journal
     from pruning.tickets import TicketFolder
     from train import checkpoint
@@ -55,6 +60,36 @@ def killed_run(words: list[str], point: str, count: int) -> None:
             die()
         write_ticket(self, ticket)
 
+    @contextlib.contextmanager
+    def half_a_shard(self: Any, path: Any, mode: str) -> Iterator[Any]:
+        with create_stream(self, path, mode) as stream:
+            yield stream
+        if mode == "wb" and str(path).endswith(".distcp") and reached():
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    def no_folder(self: Folder, name: str = "") -> None:
+        remove(self, name)
+        if name == "manifest.json" and reached():
+            die()
+
+    saving = threading.Event()
+
+    def no_manifest_yet(self: Folder, name: str, document: Any) -> None:
+        if name == "manifest.json" and reached():
+            saving.set()
+            threading.Event().wait(60)
+        write_json(self, name, document)
+
+    def third_step(self: Engine, state: Any) -> None:
+        update(self, state)
+        if saving.is_set():
+            steps.append(state.step)
+        if len(steps) == 3:
+            die()
+
+    steps: list[int] = []
+    update, remove, create_stream = Engine.update, Folder.remove, FileSystem.create_stream
     whole_line, write_json, write_ticket = Journal.append, Folder.write_json, TicketFolder.write
     if point == "a step":
         after(Engine, "update")
@@ -64,6 +99,13 @@ def killed_run(words: list[str], point: str, count: int) -> None:
         Folder.write_json = no_manifest  # type: ignore[method-assign]
     elif point == "a deletion":
         after(checkpoint.Checkpoints, "_delete")
+    elif point == "a shard, half of it on the disk":
+        FileSystem.create_stream = half_a_shard  # type: ignore[method-assign]
+    elif point == "a deletion, half way":
+        Folder.remove = no_folder  # type: ignore[method-assign]
+    elif point == "the third step beside a save":
+        Folder.write_json = no_manifest_yet  # type: ignore[method-assign]
+        Engine.update = third_step  # type: ignore[method-assign]
     elif point == "a line of metrics":
         Journal.append = torn_line  # type: ignore[method-assign]
     elif point == "the end of a level, before its ticket":

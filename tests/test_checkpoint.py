@@ -30,6 +30,12 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(Folder(tmp_path), Engine(), keep=2)
 
 
+def save(checkpoints: Checkpoints, step: int, *, kept: bool = False) -> None:
+    """A save that is committed."""
+    checkpoints.save(step, STATE, kept=kept)
+    checkpoints.wait()
+
+
 def same(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
@@ -40,7 +46,7 @@ def same(left: Any, right: Any) -> bool:
 
 def test_a_state_comes_back_as_it_was(checkpoints: Checkpoints) -> None:
     """Tensors of any type and size, nested values, empty dicts, `None`, floats to the last bit."""
-    checkpoints.save(3, STATE)
+    save(checkpoints, 3)
     assert checkpoints.latest() == 3
     assert same(checkpoints.load(3), STATE)
 
@@ -49,7 +55,7 @@ def test_a_state_on_an_object_store_comes_back_as_it_was() -> None:
     """The same through fsspec; `memory://` stands for any store without renames."""
     checkpoints = Checkpoints(Folder("memory://bucket/run"), Engine(), keep=1)
     for step in (3, 6):
-        checkpoints.save(step, STATE)
+        save(checkpoints, step)
     assert checkpoints.latest() == 6
     assert same(checkpoints.load(6), STATE)
     assert checkpoints.folder.names() == ["step-00000006"]
@@ -60,7 +66,7 @@ def test_rolling_deletion_never_touches_a_kept_one(
 ) -> None:
     """Of five saves the last two and the kept one are there."""
     for step in range(1, 6):
-        checkpoints.save(step, STATE, kept=step == 2)
+        save(checkpoints, step, kept=step == 2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000005"]
 
@@ -69,11 +75,11 @@ def test_what_an_interrupted_save_left_does_not_push_out_a_whole_one(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """Half a checkpoint is removed, and does not count among those that are kept."""
-    checkpoints.save(1, STATE)
-    checkpoints.save(2, STATE)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
     (tmp_path / "step-00000002/manifest.json").unlink()
     assert checkpoints.latest() == 1
-    checkpoints.save(3, STATE)
+    save(checkpoints, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
@@ -81,19 +87,19 @@ def test_saving_a_step_again_keeps_the_valid_checkpoint(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """It is not written over, not for a moment; a damaged one is replaced."""
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     shard = tmp_path / "step-00000001/__0_0.distcp"
     before = shard.stat().st_mtime_ns
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     assert shard.stat().st_mtime_ns == before
     shard.write_bytes(b"damaged")
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     assert same(checkpoints.load(1), STATE)
 
 
 def test_any_flipped_byte_is_found(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """In a shard, in the metadata: never loaded, and the file is named."""
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     for name in ("__0_0.distcp", ".metadata"):
         path = tmp_path / "step-00000001" / name
         content = path.read_bytes()
@@ -115,8 +121,8 @@ def test_a_damaged_manifest_is_no_manifest(
     manifest: bytes, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """Torn, of another format, or not JSON at all: the checkpoint before it is taken."""
-    checkpoints.save(1, STATE)
-    checkpoints.save(2, STATE)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
     (tmp_path / "step-00000002/manifest.json").write_bytes(manifest)
     assert checkpoints.latest() == 1
 
@@ -131,7 +137,7 @@ def test_a_pickle_bomb_does_not_explode(
 ) -> None:
     """Metadata that names anything but tensor descriptions is refused before it runs."""
     monkeypatch.chdir(tmp_path)
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     folder = tmp_path / "step-00000001"
     (folder / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match=r"refused (posix|nt|os)\.system"):
@@ -152,7 +158,7 @@ def test_a_file_outside_of_the_checkpoint_is_refused(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """A path in the metadata stays inside the folder."""
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     path = tmp_path / "step-00000001/.metadata"
     metadata = pickle.loads(path.read_bytes())
     for info in metadata.storage_data.values():
@@ -164,7 +170,7 @@ def test_a_file_outside_of_the_checkpoint_is_refused(
 
 def test_a_changed_value_in_the_manifest_is_found(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The step, the scaler and the learning rates live there: they have a checksum too."""
-    checkpoints.save(1, STATE)
+    save(checkpoints, 1)
     path = tmp_path / "step-00000001/manifest.json"
     path.write_text(path.read_text().replace('"progress/step": 3', '"progress/step": 4'))
     assert checkpoints.latest() is None
@@ -176,7 +182,7 @@ def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest that cannot be read just now may be that of a kept step: it is left alone."""
-    checkpoints.save(1, STATE, kept=True)
+    save(checkpoints, 1, kept=True)
     read_json = Folder.read_json
 
     def flaky(self: Folder, name: str) -> Any:
@@ -186,7 +192,7 @@ def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(
 
     monkeypatch.setattr(Folder, "read_json", flaky)
     for step in (2, 3, 4, 5):
-        checkpoints.save(step, STATE)
+        save(checkpoints, step)
     monkeypatch.undo()
     assert same(checkpoints.load(1), STATE)
     assert len(list(tmp_path.iterdir())) == 3
@@ -195,6 +201,6 @@ def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(
 def test_the_newest_is_asked_for_up_to_a_step(checkpoints: Checkpoints) -> None:
     """A phase never begins beyond its own end."""
     for step in (4, 8):
-        checkpoints.save(step, STATE)
+        save(checkpoints, step)
     assert checkpoints.latest(at_most=7) == 4
     assert checkpoints.latest(at_most=3) is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from train.checkpoint import join_state, split_state
+from train.nested import join_state, split_state
 from train.optim import (
     OptimizerConfig,
     build_optimizer,

@@ -1,8 +1,10 @@
 """An interrupted run equals the uninterrupted one, bit for bit, wherever it was killed."""
 
+import functools
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ def finished(root: Path, world_size: int) -> Path:
         ("a save, before its manifest", 3),
         ("a save, before its manifest", 9),
         ("a deletion", 2),
+        ("a deletion, half way", 3),
+        ("a shard, half of it on the disk", 3),
+        ("the third step beside a save", 3),
         ("a line of metrics", 11),
         ("the end of a level, before its ticket", 2),
         ("two levels", 1),
@@ -61,16 +66,48 @@ def test_a_run_killed_again_and_again_ends_the_same(reference: Path, tmp_path: P
     assert_same_run(tmp_path / "tiny", reference)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The uninterrupted run on that many ranks."""
+    return functools.cache(lambda size: finished(tmp_path_factory.mktemp("whole"), size))
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_run_killed_on_several_ranks(world_size: int, tmp_path: Path) -> None:
+def test_a_run_killed_on_several_ranks(
+    world_size: int, whole: Callable[[int], Path], tmp_path: Path
+) -> None:
     """On 3 ranks the order of summation matters too: DDP's buckets must be those of before."""
-    (tmp_path / "whole").mkdir()
-    whole = finished(tmp_path / "whole", world_size)
     words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
     codes = run_ranks(world_size, killed_run, words, "a step", 29)
     assert codes == [KILLED] * world_size
     assert tombola(*words, world_size=world_size) == [0] * world_size
-    assert_same_run(tmp_path / "tiny", whole)
+    assert_same_run(tmp_path / "tiny", whole(world_size))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "a shard, half of it on the disk",
+        "a save, before its manifest",
+        "a deletion, half way",
+        "the third step beside a save",
+    ],
+)
+def test_two_ranks_of_which_one_is_killed_in(
+    point: str, whole: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """... both end at once, where the other would wait for it, and go on to the same."""
+    words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
+    assert run_ranks(2, killed_first, words, point, 3) == [KILLED, 1]
+    assert tombola(*words, world_size=2) == [0, 0]
+    assert_same_run(tmp_path / "tiny", whole(2))
+
+
+def killed_first(words: list[str], point: str, count: int) -> None:
+    """`killed_run` on rank 0 alone."""
+    if os.environ["RANK"] == "0":
+        killed_run(words, point, count)
+    command(words)
 
 
 def test_running_a_finished_run_again_trains_nothing(reference: Path) -> None:
@@ -104,24 +141,23 @@ def signalled_run(words: list[str], number: int, step: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_finishes_the_step_saves_and_leaves_with_75(
-    number: int, world_size: int, tmp_path: Path
+    number: int, world_size: int, whole: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """One rank is told; all ranks stop after the same step, and the run goes on from there."""
-    (tmp_path / "whole").mkdir()
-    whole = finished(tmp_path / "whole", world_size)
     words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
     assert run_ranks(world_size, signalled_run, words, number, 11) == [75] * world_size
     saved = sorted(p.name for p in (tmp_path / "tiny/imp/level-00/checkpoints").iterdir())
     assert saved[-1] == f"step-{11 if world_size == 1 else 12:08d}"
     assert tombola(*words, world_size=world_size) == [0] * world_size
-    assert_same_run(tmp_path / "tiny", whole)
+    assert_same_run(tmp_path / "tiny", whole(world_size))
 
 
 def test_a_damaged_checkpoint_is_passed_over(reference: Path, tmp_path: Path) -> None:
     """One flipped bit in the newest: the one before it is taken, and the output says so."""
     words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
-    assert run_ranks(1, killed_run, words, "a step", 27) == [KILLED]
-    newest = sorted((tmp_path / "tiny/imp/level-00/checkpoints").glob("step-*"))[-1]
+    assert run_ranks(1, killed_run, words, "a step", 33) == [KILLED]
+    found = (tmp_path / "tiny/imp/level-00/checkpoints").glob("step-*/manifest.json")
+    before, newest = sorted(path.parent for path in found)[-2:]
     shard = newest / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -129,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over(reference: Path, tmp_path: Path) ->
     assert tombola(*words, output=tmp_path / "out") == [0]
     printed = (tmp_path / "out.0").read_text()
     assert f"damaged checkpoint passed over: {newest}: __0_0.distcp does not match" in printed
-    assert "goes on at step 16 of 39" in printed
+    assert f"goes on at step {int(before.name[5:])} of 39" in printed
     assert_same_run(tmp_path / "tiny", reference)
 
 

@@ -3,12 +3,17 @@
 Tensors go through torch.distributed.checkpoint, each rank writing its part; everything else is
 JSON in `manifest.json`, which names the SHA-256 of every file and is written last. A folder
 without its manifest, or with a file that does not match it, is not a checkpoint.
+
+A save stops the training for as long as its state takes to be copied in host memory; a thread
+writes the copy, and the ranks' threads agree through a process group of their own.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -16,11 +21,15 @@ from torch import Tensor
 from data.errors import RunError
 from data.files import Folder
 from train.duration import check_durations
-from train.engine import Engine
+from train.nested import join_state, split_state
+from train.ranks import Ranks
 from train.safe_dcp import read_tensors, write_tensors
+from train.staging import Background, Staging
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_GRACE = 30.0
+"""seconds that a training which failed gives to a save that is under way"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,9 @@ class CheckpointConfig:
     """save when this many minutes have passed since the last"""
     keep: int = 2
     """how many of these to keep; the one at the rewind step and at the end always stay"""
+    asynchronous: bool = True
+    """go on training while a copy of the state is written; false where host memory has no room
+    for the copy"""
 
     def __post_init__(self) -> None:
         check_durations(self, "every")
@@ -43,83 +55,168 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one training, in `folder/step-00001000/`."""
+    """The checkpoints of one training, in `folder/step-00001000/`; all ranks call it together.
+
+    A context that ends when the last save is committed. When the training has failed, a save that
+    is under way is given half a minute.
+    """
 
     def __init__(
-        self, folder: Folder, engine: Engine, *, keep: int, say: Callable[[str], None] = print
+        self,
+        folder: Folder,
+        ranks: Ranks,
+        *,
+        keep: int,
+        asynchronous: bool = True,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
-        self._engine, self._keep, self._say = engine, keep, say
+        self._ranks, self._keep, self._asynchronous, self._say = ranks, keep, asynchronous, say
+        self._savers: Ranks | None = None
+        self._staging, self._background = Staging(), Background()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._give_up()
+            return
+        self.wait()
+        if self._savers is not None:
+            self._savers.close()
+            self._savers = None
 
     def save(self, step: int, state: dict[str, Any], *, kept: bool = False) -> None:
-        """Saves `state` (nested dicts of tensors and JSON values); called by all ranks.
+        """Saves `state` (nested dicts of tensors and JSON values) as it is now.
 
-        `kept` protects it from rolling deletion. A valid checkpoint of that step is left as it is,
-        what an interrupted save left there is removed first. Raises `OSError` where it cannot be
-        written; the earlier checkpoints stay.
+        Returns when it is copied, and the save before it committed; `wait` tells when this one
+        is. `kept` protects it from rolling deletion. A valid checkpoint of that step is left as it
+        is, what an interrupted save left there is removed first. Raises what hindered the save
+        before: `OSError` or `RunError` where it cannot be written; the earlier checkpoints stay.
         """
-        engine = self._engine
-        target = self.folder / _name(step)
-        if engine.on_main(lambda: self._ready(step)):
-            return
+        self.wait()
+        if self._savers is None:
+            self._savers = self._ranks.apart()
+        savers = self._savers
         tensors, values = split_state(state)
-        alone = engine.world_size == 1
-        write_tensors(tensors, target.location, is_local=target.is_local, alone=alone)
-        own = {n: target.digest(n) for n in target.names() if n.startswith(f"__{engine.rank}_")}
-        files = {n: digest for part in engine.gather(own) for n, digest in part.items()}
-        all_values = _merge(engine.gather(values))
+        if not self._asynchronous:
+            self._write(savers, step, tensors, values, kept)
+            return
+        staged, fixed = self._staging.copy(tensors), copy.deepcopy(values)
+        self._background.start(lambda: self._write(savers, step, staged, fixed, kept))
 
-        def commit() -> None:
-            manifest: dict[str, Any] = {
-                "format": _FORMAT,
-                "step": step,
-                "kept": kept,
-                "world_size": engine.world_size,
-                "files": {**files, ".metadata": target.digest(".metadata")},
-                "values": all_values,
-            }
-            target.write_json(_MANIFEST, {**manifest, "sha256": _digest(manifest)})
-            self._delete_old()
-
-        engine.on_main(commit)
+    def wait(self) -> None:
+        """Waits until every save is committed. Raises, on all ranks, what hindered it."""
+        self._background.wait()
 
     def latest(self, *, at_most: int | None = None) -> int | None:
         """The step of the newest valid checkpoint, up to a step; says which ones are damaged."""
+        newest = self._newest(at_most)
+        return None if newest is None else newest[0]
 
-        def find() -> tuple[int | None, list[str]]:
-            skipped = []
-            steps = [step for step in self._steps() if at_most is None or step <= at_most]
-            for step in reversed(steps):
-                try:
-                    self._verify(step)
-                except ValueError as error:
-                    skipped.append(f"{self.folder}/{_name(step)}: {error}")
-                else:
-                    return step, skipped
-            return None, skipped
-
-        step, skipped = self._engine.on_main(find)
-        for what in skipped:
-            self._say(f"damaged checkpoint passed over: {what}")
-        return step
+    def load_latest(self, *, at_most: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """The step and the state of the checkpoint that `latest` finds, its files checked once."""
+        newest = self._newest(at_most)
+        return None if newest is None else (newest[0], self._read(*newest))
 
     def load(self, step: int) -> dict[str, Any]:
         """The state saved at `step`, tensors on the CPU, of other ranks' states only this rank's.
 
         Raises `RunError` where it is missing or damaged.
         """
-        target = self.folder / _name(step)
+        self.wait()
         try:
-            manifest = self._engine.on_main(lambda: self._verify(step))
-            others = tuple(
-                f"ranks/{rank}/"
-                for rank in range(manifest["world_size"])
-                if rank != self._engine.rank
-            )
+            manifest = self._ranks.on_main(lambda: self._verify(step))
+        except ValueError as error:
+            raise self._damaged(step, error) from error
+        return self._read(step, manifest)
+
+    # Writing, in the thread --------------------------------------------------------------
+
+    def _write(
+        self,
+        savers: Ranks,
+        step: int,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+        kept: bool,
+    ) -> None:
+        """Commits a checkpoint, or raises on all ranks what one rank met."""
+        target = self.folder / _name(step)
+        if savers.on_main(lambda: self._ready(step)):
+            return
+        write_tensors(tensors, target.location, savers, is_local=target.is_local)
+
+        def own_digests() -> dict[str, str]:
+            own = [name for name in target.names() if name.startswith(f"__{savers.rank}_")]
+            return {name: target.digest(name) for name in own}
+
+        digests = savers.together(own_digests)
+        all_values = _merge(savers.gather(values))
+
+        def commit() -> None:
+            manifest: dict[str, Any] = {
+                "format": _FORMAT,
+                "step": step,
+                "kept": kept,
+                "world_size": savers.world_size,
+                "files": {**_merge(digests), ".metadata": target.digest(".metadata")},
+                "values": all_values,
+            }
+            target.write_json(_MANIFEST, {**manifest, "sha256": _digest(manifest)})
+            self._delete_old()
+
+        savers.on_main(commit)
+
+    def _give_up(self) -> None:
+        try:
+            done = self._background.wait(_GRACE)
+        except Exception as error:
+            self._say(f"the checkpoint that was under way is lost: {error}")
+        else:
+            if not done:
+                self._say("the checkpoint that was under way is given up")
+
+    # Reading -----------------------------------------------------------------------------
+
+    def _newest(self, at_most: int | None) -> tuple[int, dict[str, Any]] | None:
+        """Step and manifest of the newest valid checkpoint."""
+        self.wait()
+
+        def find() -> tuple[tuple[int, dict[str, Any]] | None, list[str]]:
+            skipped: list[str] = []
+            steps = [step for step in self._steps() if at_most is None or step <= at_most]
+            for step in reversed(steps):
+                try:
+                    return (step, self._verify(step)), skipped
+                except ValueError as error:
+                    skipped.append(f"{self.folder}/{_name(step)}: {error}")
+            return None, skipped
+
+        newest, skipped = self._ranks.on_main(find)
+        for what in skipped:
+            self._say(f"damaged checkpoint passed over: {what}")
+        return newest
+
+    def _read(self, step: int, manifest: dict[str, Any]) -> dict[str, Any]:
+        target, world_size = self.folder / _name(step), manifest["world_size"]
+        others = tuple(f"ranks/{r}/" for r in range(world_size) if r != self._ranks.rank)
+        try:
             tensors = read_tensors(target.location, is_local=target.is_local, skip=others)
         except ValueError as error:
-            raise RunError(f"{target}: damaged checkpoint: {error}") from error
+            raise self._damaged(step, error) from error
         return join_state(tensors, manifest["values"])
+
+    def _damaged(self, step: int, error: ValueError) -> RunError:
+        return RunError(f"{self.folder / _name(step)}: damaged checkpoint: {error}")
+
+    # The folder --------------------------------------------------------------------------
 
     def _steps(self) -> list[int]:
         """The steps of all that looks like a checkpoint, ascending, whole or not."""
@@ -184,37 +281,6 @@ def _name(step: int) -> str:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def split_state(
-    state: dict[str, Any], prefix: str = ""
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Nested dicts into tensors and JSON values, each by its path `a/b/c`."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for key, value in state.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Tensor):
-            tensors[path] = value.detach()
-        elif isinstance(value, dict) and value:
-            inner_tensors, inner_values = split_state(value, f"{path}/")
-            tensors.update(inner_tensors)
-            values.update(inner_values)
-        else:
-            values[path] = value
-    return tensors, values
-
-
-def join_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_state`."""
-    state: dict[str, Any] = {}
-    for path, value in {**values, **tensors}.items():
-        *parents, leaf = path.split("/")
-        inner = state
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[leaf] = value
-    return state
 
 
 def _merge(values: list[dict[str, Any]]) -> dict[str, Any]:

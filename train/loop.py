@@ -37,7 +37,7 @@ class Plan:
 
 
 def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instruments) -> None:
-    """Trains `state` up to `plan.stop` steps, and leaves the state there.
+    """Trains `state` up to `plan.stop` steps, and leaves the state there, all saves committed.
 
     Raises `RunError` at the first non-finite loss, naming its step (the checkpoint before it
     stays), and `Interrupted` after a signal, with the state saved.
@@ -88,8 +88,10 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
         if planned or decision.save or decision.stop:
             save()
         if decision.stop:
+            instruments.checkpoints.wait()
             raise Interrupted(f"saved at step {state.step}")
     health.check()
+    instruments.checkpoints.wait()
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -17,11 +17,23 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from data.errors import RunError
+from train.ranks import Ranks
 
 try:
     from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
 except ImportError:  # before torch 2.15
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+_READ_AHEAD = 10_000_000
+"""bytes that are copied from a GPU beyond what is being written"""
+
+# Each process of one rank is warned that it is alone: it knows. For good, since a thread saves.
+warnings.filterwarnings("ignore", message="(?s).*assuming the intent is to.*")
 
 _ALLOWED = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -87,19 +99,51 @@ class _RemoteReader(_SafeMetadata, FsspecReader):
     pass
 
 
-def write_tensors(tensors: dict[str, Tensor], url: str, *, is_local: bool, alone: bool) -> None:
-    """Writes tensors into a fresh folder; called by all ranks together, unless one is `alone`.
+class _RemoteWriter(FsspecWriter):
+    """Of its errors every rank can be told: those of a store's client may not survive pickling."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        with _told(self.path):
+            return super().prepare_local_plan(plan)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with _told(self.path):
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        with _told(self.path):
+            super().finish(metadata, results)
+
+
+@contextlib.contextmanager
+def _told(path: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RunError(f"{path}: cannot be written: {type(error).__name__}: {error}") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], url: str, ranks: Ranks, *, is_local: bool) -> None:
+    """Writes tensors into a fresh folder; called by all `ranks` together.
 
     What several ranks hold under the same name is written once. Raises what went wrong on the
-    first rank that failed; a file that is there already is never overwritten.
+    first rank that failed, `RunError` on an object store; a file that is there already is never
+    overwritten.
     """
+    # Read ahead from a GPU only: a thread that asks for a stream would settle on the first one.
+    ahead = _READ_AHEAD if any(tensor.is_cuda for tensor in tensors.values()) else 0
+    options: dict[str, Any] = {"overwrite": False, "per_thread_copy_ahead": ahead}
     if is_local:
-        writer: dcp.StorageWriter = dcp.FileSystemWriter(url, overwrite=False)
+        writer: dcp.StorageWriter = dcp.FileSystemWriter(url, **options)
     else:
-        writer = FsspecWriter(url, overwrite=False, sync_files=False, use_listings_cache=False)
+        writer = _RemoteWriter(url, sync_files=False, use_listings_cache=False, **options)
     try:
-        with _without_warning():
-            dcp.save(tensors, storage_writer=writer, no_dist=alone)
+        dcp.save(
+            tensors,
+            storage_writer=writer,
+            process_group=ranks.group,
+            no_dist=ranks.world_size == 1,
+        )
     except dcp.CheckpointException as error:
         cause = error.failures[min(error.failures)][0]
         vars(cause)["met_by_all"] = True  # DCP tells every rank what one rank met
@@ -119,17 +163,8 @@ def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dic
         if not name.startswith(skip):
             wanted[name] = torch.empty(item.size, dtype=item.properties.dtype)
     try:
-        with _without_warning():
-            dcp.load(wanted, storage_reader=reader, no_dist=True)
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
     except dcp.CheckpointException as error:
         cause = error.failures[min(error.failures)][0]
         raise ValueError(f"cannot be read: {cause}") from error
     return wanted
-
-
-@contextlib.contextmanager
-def _without_warning() -> Iterator[None]:
-    """Each process of one rank is warned that it is alone: it knows."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*assuming the intent is to.*")
-        yield

@@ -192,6 +192,7 @@ class Session:
             self.folder / f"{phase}/checkpoints",
             self.engine,
             keep=self.settings.checkpoint.keep,
+            asynchronous=self.settings.checkpoint.asynchronous,
             say=self.display.say,
         )
 
@@ -210,15 +211,17 @@ class Session:
             start=phase.start,
             stop=phase.stop,
         )
+        checkpoints = self.checkpoints(phase.name)
         instruments = Instruments(
-            self.checkpoints(phase.name),
+            checkpoints,
             self.recorder,
             self.display,
             self.signals,
             held_out=self._held_out(),
             identity={"stage": phase.stage, "level": phase.level},
         )
-        fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
+        with checkpoints:
+            fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
         evaluations = {}
         for split, images in self.data.evaluation.items():
             evaluations[split] = evaluate(
@@ -251,11 +254,11 @@ class Session:
             device=self.engine.device,
             step=phase.start,
         )
-        checkpoints = self.checkpoints(phase.name)
-        latest = checkpoints.latest(at_most=phase.stop)
+        latest = self.checkpoints(phase.name).load_latest(at_most=phase.stop)
         if latest is not None:
-            state.load_state_dict(checkpoints.load(latest))
-            self.display.say(f"{phase.name}: goes on at step {latest} of {phase.stop}")
+            step, saved = latest
+            state.load_state_dict(saved)
+            self.display.say(f"{phase.name}: goes on at step {step} of {phase.stop}")
         return state
 
     def _plan(self, phase: Phase) -> Plan:
