@@ -167,8 +167,9 @@ class Data:
 class Bench:
     """Measures this machine against a reference, both in one run, and prints the ratio."""
 
-    benchmark: Positional[Literal["engine", "masks", "loader"]]
+    benchmark: Positional[Literal["engine", "masks", "checkpoint", "loader"]]
     """engine: images/s through fit against a bare loop; masks: what a 5 % mask adds to a step;
+    checkpoint: how long a save stops the training, asynchronous against synchronous;
     loader: images/s of the training view of image files against other loaders"""
     root: str | None = None
     """loader: a folder with train/CLASS and val/CLASS to read (default: JPEGs made from sample

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from launch.bench.checkpoint import bench_checkpoint
 from launch.bench.engine import bench_engine
 from launch.bench.loader import bench_loader
 from launch.bench.masks import bench_masks
@@ -9,5 +10,6 @@ from launch.bench.masks import bench_masks
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "engine": bench_engine,
     "masks": bench_masks,
+    "checkpoint": bench_checkpoint,
     "loader": bench_loader,
 }
