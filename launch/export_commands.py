@@ -1,0 +1,84 @@
+"""The words after `tombola export` and `tombola tickets import`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+
+@dataclass
+class Export:
+    """Writes a ticket's network in a form that other tools read."""
+
+    ticket: Positional[str]
+    """path or URL of a ticket: runs/digits-imp/imp/level-07"""
+    form: Annotated[
+        Literal["torch", "safetensors", "onnx", "pruning"], tyro.conf.arg(name="format")
+    ]
+    """torch, safetensors: a state dict with zeros; onnx: the network in eval mode; pruning: a
+    state dict with the buffers of torch.nn.utils.prune"""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """file or URL"""
+    trained: bool = False
+    """the weights at the end of the level's training (averaged if it averaged), instead of those
+    at step k"""
+    image_size: int | None = None
+    """onnx: side of the images (default: that of timm's model, 32 for CIFAR networks)"""
+    force: bool = False
+    """replace a file that is there"""
+
+    def __call__(self) -> None:
+        from launch.export import export_ticket
+
+        export_ticket(
+            self.ticket,
+            form=self.form,
+            output=self.output,
+            trained=self.trained,
+            image_size=self.image_size,
+            force=self.force,
+        )
+
+
+@dataclass
+class ImportTicket:
+    """Makes a ticket of masks and weights that another tool wrote."""
+
+    source: Positional[str]
+    """pruning: a state dict with *_orig and *_mask, .safetensors or by torch.save; open-lth: a
+    level's folder, with mask.pth and model_ep*_it*.pth"""
+    origin: Annotated[Literal["pruning", "open-lth"], tyro.conf.arg(name="from")]
+    """torch.nn.utils.prune, or open_lth"""
+    model: str
+    """any timm model, cifar_resnet{6n+2} or cifar_vgg{11,13,16,19}"""
+    num_classes: int
+    """outputs of the network"""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """folder or URL of the store"""
+    in_chans: int = 3
+    """channels of its images"""
+    width: int | None = None
+    """channels of the first stage, CIFAR networks only (default: 16 for ResNets, 64 for VGGs)"""
+    norm: str | None = None
+    """batch or group, CIFAR networks only (default: batch)"""
+    step: int | None = None
+    """training steps behind the weights (default: what open_lth's file name says, else 0)"""
+    level: int | None = None
+    """rounds of pruning behind the masks (default: what open_lth's folder says, else 0)"""
+
+    def __call__(self) -> None:
+        from launch.export import import_ticket
+
+        import_ticket(
+            self.source,
+            origin=self.origin,
+            model=self.model,
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            width=self.width,
+            norm=self.norm,
+            step=self.step,
+            level=self.level,
+            output=self.output,
+        )

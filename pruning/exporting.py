@@ -1,0 +1,110 @@
+"""A ticket's network in forms that other tools read; docs/export.md says what each file holds."""
+
+import io
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from data.errors import UserError
+from data.files import Folder
+from pruning.onnx_model import to_onnx
+from pruning.tickets import Ticket
+from train.checkpoint import Checkpoints
+from train.ranks import ALONE
+
+Format = Literal["torch", "safetensors", "onnx", "pruning"]
+
+
+@dataclass(frozen=True)
+class Subnetwork:
+    """A ticket with one of its sets of weights: those at step k, or those it was trained to."""
+
+    ticket: Ticket
+    weights: dict[str, Tensor]
+    """the state dict, masked or not"""
+    trained: bool = False
+
+    @classmethod
+    def at_start(cls, ticket: Ticket) -> "Subnetwork":
+        """What the ticket is trained from. Raises `UserError` where it has no such weights."""
+        return cls(ticket, ticket.weights())
+
+    @classmethod
+    def at_end(cls, ticket: Ticket, level: Folder) -> "Subnetwork":
+        """What the training in a run's folder of a level came to, averaged (EMA) if it was.
+
+        Raises `UserError` where no checkpoint of its end is there, `RunError` for a damaged one.
+        """
+        folder = level / "checkpoints"
+        names = [name for name in folder.names() if re.fullmatch(r"step-\d+", name)]
+        last = max((int(name.removeprefix("step-")) for name in names), default=-1)
+        if last <= ticket.step:
+            raise UserError(
+                f"{folder}: no checkpoint of the end of the training: trained weights are only in "
+                "the folder of a level in its run"
+            )
+        state = Checkpoints(folder, ALONE, keep=1).load(last)
+        return cls(ticket, state["ema"] or state["model"], trained=True)
+
+    def build_model(self) -> nn.Module:
+        """The network, masked weights zero."""
+        model = self.ticket.model.build()
+        model.load_state_dict(self.weights)
+        self.ticket.masks.project_(model)
+        return model
+
+    def facts(self) -> dict[str, str]:
+        """What a file's metadata say of its origin."""
+        ticket = self.ticket
+        return {
+            "ticket": ticket.id,
+            "model": json.dumps(asdict(ticket.model)),
+            "density": repr(ticket.density),
+            "weights": "trained" if self.trained else f"step {ticket.step}",
+        }
+
+
+def export(network: Subnetwork, form: Format, *, image_size: int | None = None) -> bytes:
+    """The content of a file of that form; `image_size`, the side, is ONNX's alone.
+
+    Raises `UserError` where the packages for ONNX are missing or the network cannot be expressed.
+    """
+    if form == "pruning":
+        return _saved(_reparametrized(network))
+    model = network.build_model()
+    if form == "onnx":
+        in_chans = network.ticket.model.in_chans
+        return to_onnx(model, in_chans=in_chans, image_size=image_size, facts=network.facts())
+    state = _plain(model)
+    if form == "torch":
+        return _saved(state)
+    return safetensors.torch.save(state, {"format": "pt", **network.facts()})
+
+
+def _reparametrized(network: Subnetwork) -> dict[str, Tensor]:
+    """The state dict of the network as torch prunes it: `*_orig`, not masked, and `*_mask`."""
+    model = network.ticket.model.build()
+    model.load_state_dict(network.weights)
+    for name, mask in network.ticket.masks.items():
+        layer, _, parameter = name.rpartition(".")
+        prune.custom_from_mask(model.get_submodule(layer), parameter, mask)
+    return _plain(model)
+
+
+def _plain(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+
+
+def _saved(state: dict[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
