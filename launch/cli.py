@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from data.errors import Interrupted, RunError, UserError
+from launch.export_commands import Export, ImportTicket
 from launch.parsing import ParseError, parse
 
 EXIT_INTERRUPTED = 75
@@ -87,7 +88,11 @@ class ShowTicket:
 class Tickets:
     """The tickets of a run."""
 
-    action: Annotated[ListTickets, subcommand("list")] | Annotated[ShowTicket, subcommand("show")]
+    action: (
+        Annotated[ListTickets, subcommand("list")]
+        | Annotated[ShowTicket, subcommand("show")]
+        | Annotated[ImportTicket, subcommand("import")]
+    )
 
     def __call__(self) -> None:
         self.action()
@@ -189,6 +194,7 @@ class Bench:
 Command = (
     Annotated[Run, subcommand("run")]
     | Annotated[Tickets, subcommand("tickets")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Bench, subcommand("bench")]
 )
