@@ -1,17 +1,21 @@
-"""Checkpoints: whole or nothing, no foreign code, what is kept stays."""
+"""Checkpoints: whole or nothing, no foreign code, what is kept stays; saved beside the training."""
 
+import errno
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_ranks
 
 from data.errors import RunError
 from data.files import Folder
 from train.checkpoint import Checkpoints
 from train.engine import Engine
+from train.ranks import ALONE
 from train.safe_dcp import read_tensors
 
 STATE: dict[str, Any] = {
@@ -204,3 +208,88 @@ def test_the_newest_is_asked_for_up_to_a_step(checkpoints: Checkpoints) -> None:
         save(checkpoints, step)
     assert checkpoints.latest(at_most=7) == 4
     assert checkpoints.latest(at_most=3) is None
+
+
+# Beside the training ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_is_saved_is_the_state_of_that_moment(asynchronous: bool, tmp_path: Path) -> None:
+    """Tensors and values that change after the call do not change what is written."""
+    checkpoints = Checkpoints(Folder(tmp_path), ALONE, keep=9, asynchronous=asynchronous)
+    weight, rates = torch.zeros(100_000), [0.0]
+    for step in range(1, 5):
+        weight += 1
+        rates[0] = float(step)
+        checkpoints.save(step, {"weight": weight, "rates": rates})
+    weight.zero_()
+    rates[0] = 0.0
+    for step in range(1, 5):
+        loaded = checkpoints.load(step)
+        assert (loaded["weight"] == step).all()
+        assert loaded["rates"] == [step]
+
+
+def test_a_save_returns_before_it_is_committed_and_the_next_waits(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One save at a time: the second call blocks until the first is whole."""
+    write_json, may_commit, order = Folder.write_json, threading.Event(), []
+
+    def held_back(self: Folder, name: str, document: Any) -> None:
+        may_commit.wait(60)
+        write_json(self, name, document)
+        order.append(document["step"])
+
+    monkeypatch.setattr(Folder, "write_json", held_back)
+    checkpoints.save(1, STATE)
+    assert not order
+    threading.Timer(0.2, may_commit.set).start()
+    checkpoints.save(2, STATE)
+    assert order[:1] == [1]
+    checkpoints.wait()
+    assert order == [1, 2]
+
+
+def test_a_training_that_fails_gives_its_save_time(tmp_path: Path) -> None:
+    """A non-finite loss just after a save: the checkpoint is there."""
+
+    def training() -> None:
+        with Checkpoints(Folder(tmp_path), ALONE, keep=1) as checkpoints:
+            checkpoints.save(1, STATE)
+            raise RunError("the loss is not finite")
+
+    with pytest.raises(RunError, match="not finite"):
+        training()
+    assert (tmp_path / "step-00000001/manifest.json").exists()
+
+
+def full_disk_on_one(folder: str, failing_rank: int) -> None:
+    """The disk of one rank is full in the first save; all must see it, and save again."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    engine = Engine()
+    create_stream = FileSystem.create_stream
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "shard")
+
+    with Checkpoints(Folder(folder), engine, keep=1) as checkpoints:
+        if engine.rank == failing_rank:
+            FileSystem.create_stream = full  # type: ignore[method-assign]
+        checkpoints.save(1, STATE)
+        with pytest.raises(OSError, match="No space left") as caught:
+            checkpoints.save(2, STATE)
+        assert caught.value.errno == errno.ENOSPC
+        assert checkpoints.latest() is None
+        FileSystem.create_stream = create_stream  # type: ignore[method-assign]
+        checkpoints.save(3, STATE)
+    assert Checkpoints(Folder(folder), engine, keep=1).latest() == 3
+    engine.close()
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_what_one_rank_meets_is_raised_on_all(failing_rank: int, tmp_path: Path) -> None:
+    """... by the next save at the latest, and nobody waits for ever."""
+    assert run_ranks(2, full_disk_on_one, str(tmp_path), failing_rank) == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
