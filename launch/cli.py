@@ -18,6 +18,14 @@ from tyro.conf import Positional, subcommand
 from data.errors import Interrupted, RunError, UserError
 from launch.export_commands import Export, ImportTicket
 from launch.parsing import ParseError, parse
+from launch.ticket_commands import (
+    CollectGarbage,
+    CopyTickets,
+    DiffTickets,
+    ListTickets,
+    ShowTicket,
+    VerifyTickets,
+)
 
 EXIT_INTERRUPTED = 75
 _ENVIRONMENT = {
@@ -49,48 +57,16 @@ class Run:
 
 
 @dataclass
-class ListTickets:
-    """Lists the finished tickets of a run."""
-
-    run: Positional[str]
-    """path, URL, or name under --root"""
-    root: str = "runs"
-    """folder or URL that holds the runs"""
-    json: bool = False
-    """print one JSON document"""
-
-    def __call__(self) -> None:
-        from launch.tickets import list_tickets
-
-        list_tickets(self.run, root=self.root, as_json=self.json)
-
-
-@dataclass
-class ShowTicket:
-    """Shows a ticket: lineage, metrics, density of each layer."""
-
-    run: Positional[str]
-    """path, URL, or name under --root"""
-    ticket: Positional[str | None] = None
-    """level-07, imp/level-07, or the beginning of an id (default: the sparsest)"""
-    root: str = "runs"
-    """folder or URL that holds the runs"""
-    json: bool = False
-    """print one JSON document"""
-
-    def __call__(self) -> None:
-        from launch.tickets import show_ticket
-
-        show_ticket(self.run, self.ticket, root=self.root, as_json=self.json)
-
-
-@dataclass
 class Tickets:
-    """The tickets of a run."""
+    """Tickets, of a run or in a store."""
 
     action: (
         Annotated[ListTickets, subcommand("list")]
         | Annotated[ShowTicket, subcommand("show")]
+        | Annotated[VerifyTickets, subcommand("verify")]
+        | Annotated[CopyTickets, subcommand("copy")]
+        | Annotated[DiffTickets, subcommand("diff")]
+        | Annotated[CollectGarbage, subcommand("gc")]
         | Annotated[ImportTicket, subcommand("import")]
     )
 

@@ -16,7 +16,7 @@ class WorkDisplay:
     The work that is named as `images_of` counts images, and is shown with its images/s.
     """
 
-    def __init__(self, *, images_of: str) -> None:
+    def __init__(self, *, images_of: str = "") -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._images_of = images_of
         self._what = ""

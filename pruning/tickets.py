@@ -9,7 +9,7 @@ import hashlib
 import platform
 import re
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Ancestor:
     """A ticket of the lineage, as its descendants remember it."""
 
     id: str
+    place: str
+    """stage and level in its run: imp/level-03"""
     method: str
     level: int
     density: float
@@ -109,6 +111,11 @@ class Ticket:
         return self.stored_masks.num_kept / self.stored_masks.size
 
     @property
+    def place(self) -> str:
+        """Stage and level in its run, such as `imp/level-03`; its method where it has none."""
+        return f"{self.stage}/{self.name}" if self.stage else self.method
+
+    @property
     def weights_digest(self) -> str | None:
         """Names the state at `step`."""
         return None if self.stored_weights is None else self.stored_weights.digest
@@ -118,22 +125,26 @@ class Ticket:
         if self.stored_weights is None:
             raise UserError(
                 f"ticket {self.id[:12]} ({self.method}, level {self.level}) has no weights to "
-                "start from: it was found by learning-rate rewinding or fine-tuning"
+                "start from: it was found by learning-rate rewinding or fine-tuning, or imported "
+                "as masks alone"
             )
         return read_weights(self.objects, self.stored_weights)
 
     def build_model(self) -> nn.Module:
         """The network at `step` with the masked weights zero: what the ticket is trained from."""
         self.require_fit()
+        weights = self.weights()
         model = self.model.build()
-        model.load_state_dict(self.weights())
+        model.load_state_dict(weights)
         self.masks.project_(model)
         return model
 
     def require_fit(self) -> None:
-        """Raises `RunError` unless masks and weights are of the shapes that the model has."""
-        with torch.device("meta"):
-            model = self.model.build()
+        """Raises `RunError` unless masks and weights are of the shapes that the model has.
+
+        Raises `UserError` or `RunError` where there is no such model.
+        """
+        model = self._outline()
         shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
         for name, shape in self.stored_masks.shapes.items():
             if shapes.get(name) != shape:
@@ -144,9 +155,20 @@ class Ticket:
         if told != {name: tuple(value.shape) for name, value in model.state_dict().items()}:
             raise RunError(f"ticket {self.id[:12]}: its weights are not those of its model")
 
+    def _outline(self) -> nn.Module:
+        """The model without memory for its weights; the specification may be anyone's."""
+        try:
+            with torch.device("meta"):
+                return self.model.build()
+        except UserError:
+            raise
+        except Exception as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(f"ticket {self.id[:12]}: its model cannot be built: {problem}") from error
+
     def as_ancestor(self) -> Ancestor:
         """What descendants remember of this ticket."""
-        return Ancestor(self.id, self.method, self.level, self.density)
+        return Ancestor(self.id, self.place, self.method, self.level, self.density)
 
     def summary(self) -> dict[str, Any]:
         """All but bits and weights, as a JSON document."""
@@ -262,10 +284,12 @@ def _parse(body: dict[str, Any], objects: Objects) -> Ticket:
         name=document.text(about["name"], "name"),
         control=document.flag(about["control"], "control"),
         config=document.mapping(about["config"], "config"),
-        metrics=document.mapping(about["metrics"], "metrics"),
-        timing=document.mapping(about["timing"], "timing"),
-        versions=document.mapping(about["versions"], "versions"),
+        metrics=document.table(_measures, about["metrics"], "metrics"),
+        timing=_measures(about["timing"], "timing"),
+        versions=document.table(document.text, about["versions"], "versions"),
     )
+    if not ticket.stored_masks.size:
+        raise ValueError("its masks are of no weights")
     if ticket._identity() != identity or ticket.id != body["id"]:
         raise ValueError("its content does not match its id")
     return ticket
@@ -283,15 +307,18 @@ def _model(value: Any) -> ModelSpec:
 
 def _ancestor(value: Any) -> Ancestor:
     row = document.mapping(value, "an ancestor")
-    density = row["density"]
-    if not isinstance(density, float):
-        raise ValueError("the density of an ancestor is no number")
     return Ancestor(
         document.digest(row["id"], "an ancestor"),
+        document.text(row["place"], "place"),
         document.text(row["method"], "method"),
         document.count(row["level"], "level"),
-        density,
+        document.fraction(row["density"], "density"),
     )
+
+
+def _measures(value: Any, what: str) -> dict[str, Any]:
+    """Numbers by their names; `None` for what was not finite."""
+    return document.table(partial(document.optional, document.number), value, what)
 
 
 def software_versions() -> dict[str, str]:

@@ -43,8 +43,8 @@ def test_the_run_folder_holds_what_scripts_rely_on(root: Path) -> None:
     assert 'total = "3ep"' in (run / "config.toml").read_text()
     assert (run / "imp/level-01/checkpoints/step-00000039/manifest.json").exists()
     ticket = json.loads((run / "imp/level-01/ticket.json").read_text())
-    for digest, name in ((ticket["masks"], "masks"), (ticket["weights"], "weights")):
-        assert (run / f"tickets/{digest}/{name}.safetensors").exists()
+    for file in (*ticket["masks"]["shards"], *ticket["weights"]["files"]):
+        assert (run / f"tickets/objects/{file['sha256']}.safetensors").exists()
     assert {"train", "evaluation"} == {fact["event"] for fact in facts(run)}
     splits = {(f["split"], f["step"]) for f in facts(run) if f["event"] == "evaluation"}
     assert splits == {("validation", 13), ("validation", 26), ("validation", 39), ("test", 39)}
@@ -93,7 +93,7 @@ def test_tickets_that_are_not_there(root: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_wrong_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, ["runn"])
-    assert "Unrecognized options: runn; available subcommands: run, tickets, data, bench" in line
+    assert "Unrecognized options: runn; available subcommands: run, tickets, export, data, bench" in line
     assert "see tombola --help" in fails(capsys, ["run"])
     assert "see tombola --help" in fails(capsys, ["tickets", "list"])
     assert "see tombola --help" in fails(capsys, ["bench", "engines"])

@@ -33,7 +33,7 @@ def make_ticket(run: Path | str, *, masks: Masks | None = None, **changes: Any) 
         "stored_masks": write_masks(objects, masks),
         "stored_weights": write_weights(objects, model.state_dict()),
         "parent": "ab" * 32,
-        "lineage": (Ancestor("ab" * 32, "imp", 1, 0.5),),
+        "lineage": (Ancestor("ab" * 32, "imp/level-01", "imp", 1, 0.5),),
         "metrics": {"test": {"accuracy": 0.5, "top5": 0.9, "loss": 1.25}},
         "timing": {"images_per_second": 10.0},
         "versions": software_versions(),

@@ -1,0 +1,66 @@
+"""What a word on the command line names: a run, a store of tickets, or one ticket."""
+
+import contextlib
+
+from data.errors import RunError, UserError, did_you_mean
+from data.files import Folder
+from pruning.store import TicketFolder, Tickets, open_tickets
+from pruning.tickets import Ticket, find_ticket
+
+
+def find_tickets(place: str, root: str) -> Tickets:
+    """A run or a store by path or URL, or a run by its name under `root`."""
+    for candidate in _candidates(place, root):
+        with contextlib.suppress(UserError):
+            return open_tickets(candidate)
+    near = did_you_mean(place, Folder(root).names())
+    raise UserError(
+        f"{place}: no run and no ticket store there, and no run of that name under {root}{near}"
+    )
+
+
+def find_one(place: str, root: str) -> Ticket:
+    """A ticket without its masks' bits: RUN/STAGE/LEVEL, STORE/ID, or the sparsest of a run.
+
+    Raises `UserError` if there is none, `RunError` if it is damaged.
+    """
+    single = find_single(place, root)
+    return choose(find_tickets(place, root), None) if single is None else find_ticket(single)
+
+
+def find_single(place: str, root: str) -> str | None:
+    """Where `Ticket.load` finds the one ticket that a place names, whole or damaged."""
+    for candidate in _candidates(place, root):
+        try:
+            find_ticket(candidate)
+        except UserError:
+            continue
+        except RunError:
+            pass  # damaged, but there
+        return candidate
+    return None
+
+
+def choose(tickets: Tickets, name: str | None) -> Ticket:
+    """One of several: by name, by stage and name, by the beginning of its id.
+
+    Without a name the sparsest of the last stage that has tickets. Raises `UserError`.
+    """
+    found = tickets.all()
+    if not found:
+        raise UserError(f"{tickets.folder}: no finished ticket yet")
+    if name is None:
+        if not isinstance(tickets, TicketFolder):
+            raise UserError(f"{tickets.folder}: name one of its {len(found)} tickets by its id")
+        last = [t for t in found if t.stage == found[-1].stage and not t.control]
+        return max(last or found, key=lambda t: t.level)
+    for ticket in found:
+        if name in (ticket.name, ticket.place) or (len(name) >= 6 and ticket.id.startswith(name)):
+            return ticket
+    near = did_you_mean(name, [t.place for t in found])
+    raise UserError(f"{tickets.folder}: no ticket {name!r}{near}")
+
+
+def _candidates(place: str, root: str) -> list[str]:
+    """Where a place may be."""
+    return [place] if "://" in place or place.startswith("/") else [place, f"{root}/{place}"]

@@ -1,0 +1,119 @@
+"""`tombola tickets verify`, `copy`, `diff` and `gc`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from data.errors import RunError, UserError
+from data.files import Folder
+from launch.places import find_one, find_single, find_tickets
+from launch.progress import WorkDisplay
+from pruning.overlap import Overlap, overlaps, total
+from pruning.store import TicketStore, collect, problem_of
+from pruning.tickets import find_ticket
+
+_HOUR = 3600.0
+
+
+def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
+    """Recomputes every digest and count of the tickets at these places.
+
+    Raises `RunError` where anything is wrong.
+    """
+    found = [one for place in places for one in _tickets_at(place, root)]
+    problems: dict[str, str | None] = {}
+    with WorkDisplay() as progress:
+        for done, one in enumerate(found):
+            progress("verifying tickets", done, len(found))
+            problems[one] = problem_of(one)
+    if as_json:
+        rows = [{"ticket": one, "problem": problem} for one, problem in problems.items()]
+        print(json.dumps(rows, indent=1))
+    else:
+        console = Console(highlight=False, soft_wrap=True, markup=False)
+        for one, problem in problems.items():
+            console.print(f"{one}: {'whole' if problem is None else problem}")
+    num_bad = sum(problem is not None for problem in problems.values())
+    if num_bad:
+        raise RunError(f"{num_bad} of {len(problems)} tickets cannot be used")
+
+
+def copy_tickets(source: str, target: str, *, root: str, as_json: bool) -> None:
+    """Copies a ticket, or all of a run or a store, into a store; what is there is left as it is."""
+    store = TicketStore(Folder(target))
+    tickets = [find_ticket(one) for one in _tickets_at(source, root)]
+    copied: dict[str, bool] = {}
+    with WorkDisplay() as progress:
+        for done, ticket in enumerate(tickets):
+            progress("copying tickets", done, len(tickets))
+            copied[ticket.id] = store.add(ticket)
+    if as_json:
+        print(json.dumps([{"id": one, "copied": new} for one, new in copied.items()], indent=1))
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for one, new in copied.items():
+        console.print(f"{target.rstrip('/')}/{one}.json" + ("" if new else " was there"))
+
+
+def diff_tickets(first: str, second: str, *, root: str, as_json: bool) -> None:
+    """Prints, layer by layer, how far the masks of two tickets agree."""
+    one, other = find_one(first, root).masks, find_one(second, root).masks
+    try:
+        rows = overlaps(one, other)
+    except ValueError as error:
+        raise UserError(f"{first} and {second} are of different networks: {error}") from None
+    if not rows:
+        raise UserError(f"{first} and {second} have no layer in common")
+    lacking = {
+        "only in the first": set(one) - set(other),
+        "only in the second": set(other) - set(one),
+    }
+    if as_json:
+        document = {
+            "all": _as_json(total(rows)),
+            "layers": [_as_json(row) for row in rows],
+            **{key.replace(" ", "_"): sorted(names) for key, names in lacking.items()},
+        }
+        print(json.dumps(document, indent=1))
+        return
+    table = Table("layer", "of", "kept", "added", "removed", "IoU", "by chance")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in [*rows, total(rows)]:
+        counts = (row.size, row.common, row.added, row.removed)
+        shares = (f"{row.iou:.4f}", f"{row.chance:.4f}")
+        table.add_row(row.name, *(f"{count:,}" for count in counts), *shares)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for key, names in lacking.items():
+        if names:
+            console.print(f"{key}: {', '.join(sorted(names))}")
+
+
+def collect_garbage(place: str, *, hours: float, dry_run: bool, root: str, as_json: bool) -> None:
+    """Removes objects that no ticket names."""
+    tickets = find_tickets(place, root)
+    found = collect(tickets, grace=hours * _HOUR, dry_run=dry_run)
+    if as_json:
+        print(json.dumps({"removed": [] if dry_run else found, "found": found}, indent=1))
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for name in found:
+        console.print(f"{tickets.objects.folder}/{name}")
+    verb = "would be removed" if dry_run else "removed"
+    console.print(f"{len(found)} files that no ticket names {verb}")
+
+
+def _tickets_at(place: str, root: str) -> list[str]:
+    """Where the ticket at a place is, or all of the run or the store there."""
+    single = find_single(place, root)
+    return find_tickets(place, root).places() if single is None else [single]
+
+
+def _as_json(row: Overlap) -> dict[str, object]:
+    extra = {"added": row.added, "removed": row.removed, "iou": row.iou, "chance": row.chance}
+    return {**asdict(row), **extra}
