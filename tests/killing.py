@@ -21,7 +21,7 @@ def killed_run(words: list[str], point: str, count: int) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystem
 
     from data.files import Folder, Journal
-    from pruning.tickets import TicketFolder
+    from pruning.store import TicketFolder
     from train import checkpoint
     from train.engine import Engine
 
