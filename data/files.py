@@ -151,6 +151,9 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+        except OSError as error:
+            error.filename = str(target)  # a full disk names none
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(target.parent)

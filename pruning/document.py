@@ -5,9 +5,11 @@ compared, and every field is taken through a function that refuses any other typ
 """
 
 import hashlib
+import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from data.errors import RunError
@@ -17,6 +19,8 @@ from pruning.packing import Shape, canonical
 VERSION = 2
 _MOST_BYTES = 64 << 20
 _MOST_WEIGHTS = 1 << 40
+_MOST_DIMENSIONS = 16
+_DEEPEST = 64
 T = TypeVar("T")
 
 
@@ -36,20 +40,54 @@ def read_document(folder: Folder, name: str, kind: str, parse: Callable[[Any], T
     try:
         if folder.size(name) > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
-        document = mapping(folder.read_json(name), "the document")
-        if document.get("format") != kind:
-            raise ValueError(f"format {document.get('format')!r}: not a {kind}")
-        if document.get("version") != VERSION:
-            raise ValueError(
-                f"version {document.get('version')!r}: this Tombola reads only version {VERSION}"
-            )
-        checksum = document.pop("sha256", None)
-        if hashlib.sha256(canonical(document)).hexdigest() != checksum:
-            raise ValueError("its content does not match its checksum")
-        return parse(document)
+        return parse(_checked(_parsed(folder.read(name)), kind))
+    except (FileNotFoundError, RunError):
+        raise
     except (KeyError, ValueError) as error:
-        missing = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise RunError(f"{folder}/{name}: damaged: {missing}") from error
+        problem = f"no field {_short(error)}" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{folder}/{name}: damaged: {problem}") from error
+    except OSError as error:
+        raise RunError(f"{folder}/{name}: cannot be read: {error.strerror}") from error
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(content.decode(), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    inside = [document]
+    for _ in range(_DEEPEST):
+        inside = [one for value in inside for one in _values(value)]
+    if inside:
+        raise ValueError("nested too deeply")
+    return mapping(document, "the document")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which every reader sees the same."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field is there twice")
+    return fields
+
+
+def _values(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _checked(document: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The document without its checksum, which it must match."""
+    if document.get("format") != kind:
+        raise ValueError(f"format {_short(document.get('format'))}: not a {kind}")
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"version {_short(version)}: this Tombola reads only version {VERSION}")
+    checksum = document.pop("sha256", None)
+    if hashlib.sha256(canonical(document)).hexdigest() != checksum:
+        raise ValueError("its content does not match its checksum")
+    return document
 
 
 # One field ----------------------------------------------------------------------------------
@@ -66,13 +104,35 @@ def sequence(value: Any, what: str) -> list[Any]:
 
 
 def text(value: Any, what: str) -> str:
-    """A JSON string."""
-    return _of_type(value, str, what)
+    """A JSON string that prints on one line."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"{what} is {_short(value)}, not a line of text")
+    return value
 
 
 def flag(value: Any, what: str) -> bool:
     """`true` or `false`."""
     return _of_type(value, bool, what)
+
+
+def number(value: Any, what: str) -> float:
+    """A number within the range of a `float`, or an integer as it stands."""
+    if type(value) not in (int, float) or abs(value) > sys.float_info.max:
+        raise ValueError(f"{what} is {_short(value)}, not a number")
+    return value  # type: ignore[no-any-return]
+
+
+def fraction(value: Any, what: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= number(value, what) <= 1:
+        raise ValueError(f"{what} is {_short(value)}, not a number from 0 to 1")
+    return float(value)
+
+
+def table(take: Callable[[Any, str], T], value: Any, what: str) -> dict[str, T]:
+    """A JSON object, its names lines of text, and of each value what `take` makes of it."""
+    rows = mapping(value, what)
+    return {text(name, f"a name in {what}"): take(inner, name) for name, inner in rows.items()}
 
 
 def count(value: Any, what: str, most: int = _MOST_WEIGHTS) -> int:
@@ -88,9 +148,11 @@ def counts(value: Any, what: str) -> tuple[int, ...]:
 
 
 def shape(value: Any, what: str) -> Shape:
-    """The shape of a tensor of at most 2^40 weights."""
+    """The shape of a tensor of at most 2^40 weights, were the empty dimensions of one."""
     sizes = counts(value, what)
-    if math.prod(sizes) > _MOST_WEIGHTS:
+    if len(sizes) > _MOST_DIMENSIONS:
+        raise ValueError(f"{what} has {len(sizes)} dimensions, more than {_MOST_DIMENSIONS}")
+    if math.prod(max(1, size) for size in sizes) > _MOST_WEIGHTS:
         raise ValueError(f"{what} is {_short(sizes)}: more than 2^40 weights")
     return sizes
 

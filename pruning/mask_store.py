@@ -6,7 +6,7 @@ its share, or only the byte ranges of the weights that it needs.
 """
 
 import hashlib
-import os
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,11 +22,12 @@ from torch import Tensor
 from data.errors import RunError
 from pruning import document
 from pruning.masks import Masks
-from pruning.objects import Objects
-from pruning.packing import Packing, Shape, masks_digest, unpack_bits
+from pruning.objects import Objects, require_memory
+from pruning.packing import CHUNK_BYTES, Packing, Shape, masks_digest, unpack_bits
 from train.ranks import ALONE, Ranks
 
 CHUNKS_PER_SHARD = 8
+_MOST_SHARD_BYTES = 2 * CHUNKS_PER_SHARD * CHUNK_BYTES
 _LEVEL = 1
 _THREADS = 8
 
@@ -83,10 +84,14 @@ class StoredMasks:
     def from_json(cls, value: Any) -> "StoredMasks":
         """Raises `ValueError` or `KeyError` where it is not what `to_json` gives."""
         fields = document.mapping(value, "masks")
-        tensors = document.mapping(fields["tensors"], "masks.tensors")
+        rows = document.table(document.mapping, fields["tensors"], "masks.tensors")
+        shapes = {name: document.shape(row["shape"], name) for name, row in rows.items()}
         stored = cls(
-            shapes={name: document.shape(t["shape"], name) for name, t in _rows(tensors)},
-            kept={name: document.count(t["kept"], name) for name, t in _rows(tensors)},
+            shapes=shapes,
+            kept={
+                name: document.count(row["kept"], name, math.prod(shapes[name]))
+                for name, row in rows.items()
+            },
             chunks=document.digests(fields["chunks"], "a chunk"),
             shards=tuple(map(_shard, document.sequence(fields["shards"], "shards"))),
         )
@@ -100,13 +105,9 @@ class StoredMasks:
         return stored
 
 
-def _rows(tensors: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, document.mapping(row, name)) for name, row in tensors.items()]
-
-
 def _shard(value: Any) -> Shard:
     fields = document.mapping(value, "a shard")
-    num_bytes = document.count(fields["num_bytes"], "the bytes of a shard")
+    num_bytes = document.count(fields["num_bytes"], "the bytes of a shard", _MOST_SHARD_BYTES)
     chunks = []
     for pair in document.sequence(fields["chunks"], "the chunks of a shard"):
         offset, length = document.counts(pair, "a chunk's place")
@@ -168,7 +169,7 @@ def read_masks(objects: Objects, stored: StoredMasks, ranks: Ranks = ALONE) -> M
     this machine's memory.
     """
     packing = stored.packing
-    _require_memory(stored)
+    require_memory(stored.size, f"masks of {stored.size:,} weights take as many bytes")
 
     def read() -> list[bytes]:
         own = range(ranks.rank, len(stored.shards), ranks.world_size)
@@ -262,13 +263,3 @@ def _unpacked(objects: Objects, stored: StoredMasks, chunk: int, compressed: byt
         where = objects.file(shard.sha256)
         raise RunError(f"{where}: damaged: chunk {chunk % CHUNKS_PER_SHARD}: {error}") from error
     return bytes(packed)
-
-
-def _require_memory(stored: StoredMasks) -> None:
-    """Raises `RunError` where the masks are larger than this machine's memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if stored.size > memory:
-        raise RunError(
-            f"masks of {stored.size:,} weights take as many bytes of memory; this machine has "
-            f"{memory:,}"
-        )

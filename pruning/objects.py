@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from data.errors import RunError
+from data.errors import RunError, StoreError
 from data.files import TEMPORARY, Folder
 
 _SUFFIX = ".safetensors"
@@ -30,12 +31,16 @@ class Objects:
         """
         digest = hashlib.sha256(content).hexdigest()
         if not self._is_whole(digest, len(content)):
-            self.folder.write(_name(digest), content)
+            self.write(content)
         return digest
+
+    def write(self, content: bytes) -> None:
+        """Stores content, whatever is there under its name."""
+        self.folder.write(_name(hashlib.sha256(content).hexdigest()), content)
 
     def get(self, digest: str, num_bytes: int) -> bytes:
         """An object whole. Raises `RunError` where it is missing or damaged."""
-        with self._missing_is_an_error(digest):
+        with self._one_kind_of_error(digest):
             if self.folder.size(_name(digest)) != num_bytes:
                 raise RunError(f"{self.file(digest)}: damaged: not of {num_bytes} bytes")
             content = self.folder.read(_name(digest))
@@ -55,7 +60,7 @@ class Objects:
             else:
                 runs.append([(offset, length)])
         parts: list[bytes] = []
-        with self._missing_is_an_error(digest):
+        with self._one_kind_of_error(digest):
             for run in runs:
                 start = run[0][0]
                 content = self.folder.read_range(_name(digest), start, sum(run[-1]) - start)
@@ -73,18 +78,12 @@ class Objects:
         Gives the names. Younger ones may belong to a ticket whose index is still to be written.
         """
         wanted = {_name(digest) for digest in used}
-        found = []
-        for name in self.folder.names():
-            ours = re.fullmatch(_PATTERN, name) or name.endswith(TEMPORARY)
-            if not ours or name in wanted:
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                age = self.folder.age(name)
-                if age is not None and age >= grace:
-                    found.append(name)
-                    if not dry_run:
-                        self.folder.remove(name)
-        return found
+        unused = [
+            name
+            for name in self.folder.names()
+            if is_torn(name) or (re.fullmatch(_PATTERN, name) and name not in wanted)
+        ]
+        return remove_old(self.folder, unused, grace=grace, dry_run=dry_run)
 
     def _is_whole(self, digest: str, num_bytes: int) -> bool:
         """Whether an object is there, undamaged, and too young to be collected."""
@@ -98,16 +97,48 @@ class Objects:
                     self.folder.touch(name)
                 return whole
             age = self.folder.age(name)
-        except FileNotFoundError:
+        except StoreError:
+            raise
+        except OSError:  # missing, a folder, or of somebody else: to be written again
             return False
         return age is not None and age < _FRESH
 
     @contextlib.contextmanager
-    def _missing_is_an_error(self, digest: str):  # type: ignore[no-untyped-def]
+    def _one_kind_of_error(self, digest: str) -> Iterator[None]:
+        """Every failure to read an object as a `RunError` that names it."""
         try:
             yield
         except FileNotFoundError:
             raise RunError(f"{self.file(digest)}: missing") from None
+        except RunError:
+            raise
+        except OSError as error:
+            raise RunError(f"{self.file(digest)}: cannot be read: {error.strerror}") from error
+
+
+def is_torn(name: str) -> bool:
+    """Whether a file is what `Folder.write` leaves when it is killed."""
+    return name.startswith(".") and name.endswith(TEMPORARY)
+
+
+def remove_old(folder: Folder, names: list[str], *, grace: float, dry_run: bool) -> list[str]:
+    """Removes those of the files that are older than `grace` seconds; gives their names."""
+    removed = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            age = folder.age(name)
+            if age is not None and age >= grace:
+                removed.append(name)
+                if not dry_run:
+                    folder.remove(name)
+    return removed
+
+
+def require_memory(num_bytes: int, what: str) -> None:
+    """Raises `RunError` where so much does not fit into this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > memory:
+        raise RunError(f"{what} of memory; this machine has {memory:,}")
 
 
 _PATTERN = r"[0-9a-f]{64}\.safetensors"

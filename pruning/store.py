@@ -5,7 +5,6 @@ level, and its objects in `tickets/objects/`. An index is written after the obje
 so what is interrupted leaves objects that nobody names, and never half a ticket.
 """
 
-import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -13,11 +12,12 @@ from data.errors import RunError, UserError
 from data.files import Folder
 from pruning.document import read_document, write_document
 from pruning.mask_store import StoredMasks
-from pruning.objects import Objects
+from pruning.objects import Objects, is_torn, remove_old
 from pruning.tickets import (
     INDEX,
     STORED,
     Ticket,
+    find_ticket,
     read_index,
     read_stored,
     run_objects,
@@ -45,12 +45,17 @@ class Tickets(Protocol):
         """The digests of all objects that an index names. Raises `RunError` as `all` does."""
         ...
 
+    def index_folders(self) -> list[Folder]:
+        """The folders in which indexes are written."""
+        ...
+
 
 class TicketStore:
     """Tickets by their ids."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder, self.objects = folder, Objects(folder / "objects")
+        self._whole: set[str] = set()
 
     def all(self) -> list[Ticket]:
         return [read_stored(self.folder, ticket_id) for ticket_id in self._ids()]
@@ -61,18 +66,41 @@ class TicketStore:
     def used(self) -> set[str]:
         return {one for ticket in self.all() for one in objects_of(ticket)}
 
+    def index_folders(self) -> list[Folder]:
+        return [self.folder]
+
     def add(self, ticket: Ticket) -> bool:
         """Copies a ticket here: its objects, verified, and then its index.
 
-        Gives whether it was missing: a whole ticket that is there is left as it is.
+        Gives whether it was missing or damaged: a whole ticket that is there is left as it is.
+        Raises `RunError` where the ticket itself is damaged.
         """
-        with contextlib.suppress(FileNotFoundError, RunError):
-            read_stored(self.folder, ticket.id)
+        if self._has(ticket.id):
             return False
         for sha256, num_bytes in objects_of(ticket).items():
-            self.objects.put(ticket.objects.get(sha256, num_bytes))
+            if sha256 not in self._whole:
+                self._copy(ticket.objects, sha256, num_bytes)
+                self._whole.add(sha256)
         write_index(ticket, self.folder, f"{ticket.id}.json")
         return True
+
+    def _has(self, ticket_id: str) -> bool:
+        """Whether a ticket is here with all of its objects; each is read once, and no more."""
+        try:
+            named = objects_of(read_stored(self.folder, ticket_id))
+            for sha256 in named.keys() - self._whole:
+                self.objects.get(sha256, named[sha256])
+                self._whole.add(sha256)
+        except (FileNotFoundError, RunError):
+            return False
+        return True
+
+    def _copy(self, source: Objects, sha256: str, num_bytes: int) -> None:
+        """Has an object here, whole, and too young to be collected."""
+        try:
+            self.objects.put(self.objects.get(sha256, num_bytes))
+        except RunError:
+            self.objects.write(source.get(sha256, num_bytes))
 
     def _ids(self) -> list[str]:
         return [match[1] for name in self.folder.names() if (match := STORED.fullmatch(name))]
@@ -118,11 +146,15 @@ class TicketFolder:
         trained = {one for ticket in self.all() for one in objects_of(ticket)}
         return trained | {shard.sha256 for masks in chosen for shard in masks.shards}
 
+    def index_folders(self) -> list[Folder]:
+        return [
+            self.folder / f"{stage}/{name}"
+            for stage in self.folder.names()
+            for name in (self.folder / stage).names()
+        ]
+
     def _levels(self, file: str) -> Iterator[Folder]:
-        for stage in self.folder.names():
-            for name in (self.folder / stage).names():
-                if (folder := self.folder / f"{stage}/{name}").exists(file):
-                    yield folder
+        return (folder for folder in self.index_folders() if folder.exists(file))
 
 
 def open_tickets(url: str) -> Tickets:
@@ -148,14 +180,20 @@ def collect(tickets: Tickets, *, grace: float, dry_run: bool = False) -> list[st
     Only what is older than `grace` seconds: a younger object may belong to a ticket that is being
     written. Raises `RunError`, and removes nothing, where an index cannot be read.
     """
-    return tickets.objects.collect(tickets.used(), grace=grace, dry_run=dry_run)
+    removed = tickets.objects.collect(tickets.used(), grace=grace, dry_run=dry_run)
+    for folder in tickets.index_folders():
+        if folder.is_local and folder.url != tickets.objects.folder.url:
+            torn = [name for name in folder.names() if is_torn(name)]
+            removed += remove_old(folder, torn, grace=grace, dry_run=dry_run)
+    return removed
 
 
 def problem_of(place: str) -> str | None:
     """What is wrong with the ticket at a place, everything being recomputed; `None` if nothing."""
     try:
-        ticket = Ticket.load(place)
+        ticket = find_ticket(place)
         ticket.require_fit()
+        ticket.read()
         if ticket.stored_weights is not None:
             ticket.weights()
     except (RunError, UserError) as error:

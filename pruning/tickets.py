@@ -164,7 +164,8 @@ class Ticket:
             raise
         except Exception as error:
             problem = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RunError(f"ticket {self.id[:12]}: its model cannot be built: {problem}") from error
+            where = f"ticket {self.id[:12]}"
+            raise RunError(f"{where}: its model cannot be built: {problem}") from error
 
     def as_ancestor(self) -> Ancestor:
         """What descendants remember of this ticket."""
@@ -297,11 +298,12 @@ def _parse(body: dict[str, Any], objects: Objects) -> Ticket:
 
 def _model(value: Any) -> ModelSpec:
     row = document.mapping(value, "model")
+    arguments = document.mapping(row["arguments"], "model.arguments")
     return ModelSpec(
         document.text(row["name"], "model.name"),
         document.count(row["num_classes"], "model.num_classes"),
         document.count(row["in_chans"], "model.in_chans"),
-        document.mapping(row["arguments"], "model.arguments"),
+        {document.text(name, "a model argument"): inner for name, inner in arguments.items()},
     )
 
 

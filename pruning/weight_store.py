@@ -13,12 +13,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import RunError
 from pruning import document
-from pruning.objects import Objects
+from pruning.objects import Objects, require_memory
 from pruning.packing import Shape, canonical
 from train.ranks import ALONE, Ranks
 
@@ -77,9 +76,9 @@ class StoredWeights:
     def from_json(cls, value: Any) -> "StoredWeights":
         """Raises `ValueError` or `KeyError` where it is not what `to_json` gives."""
         fields = document.mapping(value, "weights")
-        tensors = document.mapping(fields["tensors"], "weights.tensors")
+        tensors = document.table(_tensor, fields["tensors"], "weights.tensors")
         stored = cls(
-            {name: _tensor(row, name) for name, row in tensors.items()},
+            tensors,
             tuple(map(_file, document.sequence(fields["files"], "weights.files"))),
         )
         if sorted(name for file in stored.files for name in file.tensors) != sorted(tensors):
@@ -152,7 +151,13 @@ def _write_file(
 
 
 def read_weights(objects: Objects, stored: StoredWeights) -> dict[str, Tensor]:
-    """The state dict on the CPU. Raises `RunError` naming the object that is missing or damaged."""
+    """The state dict on the CPU.
+
+    Raises `RunError` naming the object that is missing or damaged, or where they do not fit into
+    this machine's memory.
+    """
+    num_bytes = sum(file.num_bytes for file in stored.files)
+    require_memory(num_bytes, f"weights of {num_bytes:,} bytes take as many")
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(lambda file: _read_file(objects, stored, file), stored.files))
     tensors = {name: tensor for part in parts for name, tensor in part.items()}
@@ -163,9 +168,14 @@ def _read_file(objects: Objects, stored: StoredWeights, file: WeightFile) -> dic
     where = objects.file(file.sha256)
     try:
         tensors = safetensors.torch.load(objects.get(file.sha256, file.num_bytes))
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"{where}: damaged: {error}") from error
+    except RunError:
+        raise
+    except Exception as error:  # SafetensorError, and what torch makes of a hostile header
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(f"{where}: damaged: {problem}") from error
     for name in file.tensors:
         if name not in tensors or StoredTensor.of(tensors[name]) != stored.tensors[name]:
             raise RunError(f"{where}: damaged: {name} is not what the ticket tells")
+    if len(tensors) > len(file.tensors):
+        raise RunError(f"{where}: damaged: it holds tensors that the ticket does not tell of")
     return {name: tensors[name] for name in file.tensors}
