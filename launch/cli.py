@@ -148,13 +148,16 @@ class Data:
 class Bench:
     """Measures this machine against a reference, both in one run, and prints the ratio."""
 
-    benchmark: Positional[Literal["engine", "masks", "checkpoint", "loader"]]
+    benchmark: Positional[Literal["engine", "masks", "checkpoint", "threshold", "loader"]]
     """engine: images/s through fit against a bare loop; masks: what a 5 % mask adds to a step;
     checkpoint: how long a save stops the training, asynchronous against synchronous;
+    threshold: choosing the largest weights against a sort and others;
     loader: images/s of the training view of image files against other loaders"""
     root: str | None = None
     """loader: a folder with train/CLASS and val/CLASS to read (default: JPEGs made from sample
     photographs)"""
+    size: Literal["resnet50", "wide_resnet50_2", "1G"] | None = None
+    """threshold: of these layers alone; 1G takes about 16 GiB (default: both ResNets)"""
     json: bool = False
     """print one JSON document"""
 
@@ -163,7 +166,10 @@ class Bench:
 
         if self.root is not None and self.benchmark != "loader":
             raise UserError(f"--root: {self.benchmark} reads no images; only loader does")
-        options = {} if self.root is None else {"root": self.root}
+        if self.size is not None and self.benchmark != "threshold":
+            raise UserError(f"--size: {self.benchmark} has one size; only threshold has several")
+        chosen = {"root": self.root, "size": self.size}
+        options = {name: value for name, value in chosen.items() if value is not None}
         BENCHMARKS[self.benchmark](as_json=self.json, **options)
 
 

@@ -12,6 +12,8 @@ from data.errors import UserError
 from data.order import random_permutation, stream_seed
 from pruning.masks import Masks
 from pruning.select import select_largest
+from pruning.shares import cut, join
+from train.ranks import ALONE, Ranks
 
 Scope = Literal["global", "layer"]
 
@@ -44,29 +46,48 @@ def keep_top(scores: Mapping[str, Tensor], density: float, scope: Scope = "globa
     return keep_counts(scores, counts)
 
 
-def keep_count(scores: Mapping[str, Tensor], count: int, within: Masks | None = None) -> Masks:
-    """Masks of the `count` highest scores over all layers, chosen `within` what is left."""
-    return Masks(select_largest(scores, count, within))
+def keep_count(
+    scores: Mapping[str, Tensor],
+    count: int,
+    within: Masks | None = None,
+    ranks: Ranks = ALONE,
+) -> Masks:
+    """Masks of the `count` highest scores over all layers, chosen `within` what is left.
+
+    Several `ranks`, which all give the same, rank a share each, and all get the same masks.
+    """
+    if ranks.world_size == 1:
+        return Masks(select_largest(scores, count, within))
+    candidates = None if within is None else cut(within, ranks)
+    return Masks(join(select_largest(cut(scores, ranks), count, candidates, ranks), scores, ranks))
 
 
 def keep_counts(
-    scores: Mapping[str, Tensor], counts: Mapping[str, int], within: Masks | None = None
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    within: Masks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Masks:
-    """Masks of the `counts[name]` highest scores in each layer."""
+    """Masks of the `counts[name]` highest scores in each layer; `ranks` as in `keep_count`."""
     masks: dict[str, Tensor] = {}
     for name, score in scores.items():
-        candidates = None if within is None else {name: within[name]}
-        masks |= select_largest({name: score}, counts[name], candidates)
+        candidates = None if within is None else Masks({name: within[name]})
+        masks |= keep_count({name: score}, counts[name], candidates, ranks)
     return Masks(masks)
 
 
 def prune_fraction(
-    scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: Scope = "global"
+    scores: Mapping[str, Tensor],
+    masks: Masks,
+    fraction: float,
+    scope: Scope = "global",
+    ranks: Ranks = ALONE,
 ) -> Masks:
     """One round of iterative pruning: of R survivors, the ceil(fraction * R) lowest scores go.
 
-    Frankle and Carbin 2019 (1803.03635). Over all layers, or of each layer its own share. Raises
-    `UserError` for a fraction outside [0, 1], `ValueError` for scores of other weights or NaN.
+    Frankle and Carbin 2019 (1803.03635). Over all layers, or of each layer its own share; `ranks`
+    as in `keep_count`. Raises `UserError` for a fraction outside [0, 1], `ValueError` for scores
+    of other weights or NaN.
     """
     if not 0 <= fraction <= 1:
         raise UserError(f"fraction = {fraction}: must be between 0 and 1")
@@ -74,9 +95,9 @@ def prune_fraction(
         unlike = sorted(scores.keys() ^ masks.keys())
         raise ValueError(f"scores and masks of different weights: {', '.join(unlike[:3])}")
     if scope == "global":
-        return keep_count(scores, _after_pruning(masks.kept, fraction), masks)
+        return keep_count(scores, _after_pruning(masks.kept, fraction), masks, ranks)
     counts = {row.name: _after_pruning(row.kept, fraction) for row in masks.table()}
-    return keep_counts(scores, counts, masks)
+    return keep_counts(scores, counts, masks, ranks)
 
 
 def shuffle_layers(masks: Masks, seed: int) -> Masks:

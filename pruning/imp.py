@@ -213,10 +213,10 @@ class _Imp:
         model = self.network.module
         model.load_state_dict(self._final(parent).weights)
         scores = magnitude(model, exclude=self.config.exclude)
-        masks = self._masks(parent).to(self.session.engine.device)
-        fraction = self.config.prune_fraction
+        engine, fraction = self.session.engine, self.config.prune_fraction
+        masks = self._masks(parent).to(engine.device)
         try:
-            pruned = prune_fraction(scores, masks, fraction, self.config.scope).to("cpu")
+            pruned = prune_fraction(scores, masks, fraction, self.config.scope, engine).to("cpu")
         except ValueError as error:
             raise RunError(f"{self.stage}/{parent.name}: cannot be pruned: {error}") from error
         if not pruned.kept:
@@ -228,9 +228,8 @@ class _Imp:
 
     def _oneshot(self, count: int) -> Masks:
         self.network.module.load_state_dict(self._rewound().weights)
-        return keep_count(magnitude(self.network.module, exclude=self.config.exclude), count).to(
-            "cpu"
-        )
+        scores = magnitude(self.network.module, exclude=self.config.exclude)
+        return keep_count(scores, count, ranks=self.session.engine).to("cpu")
 
     def _final(self, ticket: Ticket) -> Start:
         """The weights at the end of a ticket's training."""

@@ -1,6 +1,9 @@
 """`select_largest` against an independent sort, on every kind of float."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,6 +20,10 @@ from pruning.select import select_largest
 FLOAT32 = st.floats(width=32, allow_nan=False)  # infinities and subnormal numbers included
 FLOAT16 = st.floats(width=16, allow_nan=False)
 COMMON = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, float("inf"), -float("inf")])
+# Chunks that cut a layer, samples that skip scores; or all in one.
+SIZES = st.fixed_dictionaries(
+    {"_CHUNK": st.sampled_from([5, 1 << 20]), "_SAMPLE": st.sampled_from([1, 4, 1 << 18])}
+)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -57,21 +64,21 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, NDArray[np.bool_]]
         assert mask.tolist() == expected[name].tolist(), name
 
 
-@given(data=st.data(), scores=layers(), chunk=st.sampled_from([5, 1 << 20]))
+@given(data=st.data(), scores=layers(), sizes=SIZES)
 @settings(deadline=None, max_examples=80)
 def test_the_choice_is_that_of_a_stable_sort(
-    data: st.DataObject, scores: dict[str, Tensor], chunk: int
+    data: st.DataObject, scores: dict[str, Tensor], sizes: dict[str, int]
 ) -> None:
     """Ties, signs, both zeros, infinities, subnormals; float32, float16, bfloat16; any chunk."""
     count = data.draw(st.integers(0, sum(s.numel() for s in scores.values())))
-    with mock.patch.object(select, "_CHUNK", chunk):
+    with mock.patch.multiple(select, **sizes):
         assert_same(select_largest(scores, count), by_sorting(scores, count))
 
 
-@given(data=st.data(), scores=layers(), chunk=st.sampled_from([5, 1 << 20]))
+@given(data=st.data(), scores=layers(), sizes=SIZES)
 @settings(deadline=None, max_examples=80)
 def test_the_choice_within_candidates_is_that_of_a_stable_sort(
-    data: st.DataObject, scores: dict[str, Tensor], chunk: int
+    data: st.DataObject, scores: dict[str, Tensor], sizes: dict[str, int]
 ) -> None:
     """Nothing outside is selected, however large its score."""
     within = {
@@ -81,7 +88,7 @@ def test_the_choice_within_candidates_is_that_of_a_stable_sort(
         for name, s in scores.items()
     }
     count = data.draw(st.integers(0, sum(int(mask.sum()) for mask in within.values())))
-    with mock.patch.object(select, "_CHUNK", chunk):
+    with mock.patch.multiple(select, **sizes):
         assert_same(select_largest(scores, count, within), by_sorting(scores, count, within))
 
 
@@ -201,6 +208,49 @@ def test_thousands_of_scores_are_chosen_as_by_sorting(fraction: float) -> None:
             found = select_largest(scores, count)
         assert sum(int(mask.sum()) for mask in found.values()) == count
         assert_same(found, by_sorting(scores, count))
+
+
+@pytest.mark.parametrize("stride_is_large", [True, False])
+def test_a_sample_that_misleads_costs_time_only(stride_is_large: bool) -> None:
+    """Every tenth score, which is all that the sample sees, is unlike the others."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(30_000, generator=generator)
+    score[::10] += 5 if stride_is_large else -5
+    scores = {"w": score}
+    with mock.patch.multiple(select, _CHUNK=999, _SAMPLE=3000):
+        for count in (1, 2000, 3000, 3001, 15_000, 29_999):
+            assert_same(select_largest(scores, count), by_sorting(scores, count))
+
+
+MEMORY = """
+import torch
+from pruning.select import select_largest
+
+def kib(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+size = 1 << 26
+scores = {"a": torch.empty(size // 2).normal_(), "b": torch.empty(size // 2).normal_()}
+select_largest({"a": scores["a"][:1000]}, 10)
+before = kib("VmRSS")
+mask = select_largest(scores, size // 5)
+print((kib("VmHWM") - before) * 1024 / size)
+assert sum(int(torch.count_nonzero(m)) for m in mask.values()) == size // 5
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_selection_needs_little_more_memory_than_its_result() -> None:
+    """64 million scores: the result takes a byte each, all else less than half a byte."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0.9 < float(done.stdout) < 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])

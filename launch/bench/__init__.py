@@ -6,10 +6,12 @@ from launch.bench.checkpoint import bench_checkpoint
 from launch.bench.engine import bench_engine
 from launch.bench.loader import bench_loader
 from launch.bench.masks import bench_masks
+from launch.bench.threshold import bench_threshold
 
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "engine": bench_engine,
     "masks": bench_masks,
     "checkpoint": bench_checkpoint,
+    "threshold": bench_threshold,
     "loader": bench_loader,
 }
