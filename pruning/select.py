@@ -1,11 +1,10 @@
 """The `count` largest of many scores, exactly, on one rank or on many: no sort, no copy of all.
 
-A float's bits, read as an integer, are ordered as the floats are (once negative ones are turned
-round): its key. A histogram over the keys' upper 16 bits finds the bucket of the threshold, one
-over the lower 16 bits within it finds the threshold itself, without rounding. A sample tells
-beforehand in which few buckets the threshold should lie. One pass over all scores then counts what
-lies above them and takes out the keys within, so that the histograms see only these; where the
-sample was wrong, or too many lie within, they see all.
+A histogram over the upper 16 bits of the scores' keys (`pruning/keys.py`) finds the bucket of the
+threshold, one over the lower 16 bits within it the threshold itself, without rounding. A sample
+tells beforehand in which few buckets the threshold should lie. One pass over all scores then
+selects what lies above these and takes out the keys within, so that only those are counted and
+chosen among; where the sample was wrong, or too many lie within, all are.
 
 With several ranks each holds a share of every layer, counts are summed over the ranks, and nothing
 else is exchanged. Ties at the threshold are kept in layer order, then by flat index, where a
@@ -13,28 +12,20 @@ layer's shares follow each other in rank order.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pruning.keys import HIGHEST, LOWEST, Array, Chunk, Layers, count_true, places_of
 from train.ranks import ALONE, Ranks
 
-_CHUNK = 1 << 18  # 1 MiB of keys: a core's cache
-_GPU_CHUNK = 1 << 24
 _SAMPLE = 1 << 18
 _BUCKETS = 1 << 16
-_INFINITY = 0x7F800000
-_LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
-_HELD = 16  # at most every 16th key is taken out
-
-# A NumPy array on the CPU, where NumPy compares and extracts several times faster than torch; a
-# tensor elsewhere. Only what both understand alike is asked of it.
-Array = Any
+_FEW = 1 << 18  # so many keys may always be held, and are worth a count of their own
+_HELD = 16  # else at most every 16th key is held
 
 
 def select_largest(
@@ -51,109 +42,26 @@ def select_largest(
     all; so is what comes back. Raises `ValueError`, on all ranks alike, for a NaN, for a `count`
     that is not between 0 and the number of candidates, or where the ranks ask for different things.
     """
-    layers = _Layers(scores, within)
+    layers = Layers(scores, within)
     available = _agree(layers, count, ranks)
-    if count == 0:  # a NaN is refused all the same
-        ranks.together(lambda: sum(len(chunk.keys) for chunk in layers.chunks()))
-        return {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items()}
-    threshold, num_ties = _threshold(layers, count, available, ranks)
     selected = {
         name: torch.empty(s.shape, dtype=torch.bool, device=s.device) for name, s in scores.items()
     }
-    ties = ranks.together(lambda: _mark(layers, threshold, selected))
+    if count == 0:  # a NaN is refused all the same
+        ranks.together(lambda: sum(len(chunk.keys) for chunk in layers.chunks()))
+        return {name: mask.zero_() for name, mask in selected.items()}
+    between, above = _narrow(layers, selected, count, available, ranks)
+    threshold, num_ties = _threshold(between, count - above, ranks)
+    ties = ranks.together(lambda: _mark(between, threshold))
     kept_ties = _share_out(num_ties, ties)[ranks.rank]
     for name, found, kept in zip(scores, ties[ranks.rank], kept_ties, strict=True):
         if kept < found:
-            _drop_ties(layers, name, threshold, kept, selected[name])
+            _drop_ties(between, name, threshold, kept)
+    between.finish()
     return selected
 
 
-class _Chunk(NamedTuple):
-    """A part of a layer: its keys, which of them are candidates (`None`: all), its marks."""
-
-    name: str
-    keys: Array
-    candidate: Array | None
-    marks: Array
-
-    def which(self, found: Array) -> Array:
-        """`found`, a bool array over the chunk, less what is no candidate."""
-        return found if self.candidate is None else found & self.candidate
-
-    def candidates(self) -> Array:
-        """The keys of the candidates."""
-        return self.keys if self.candidate is None else self.keys[self.candidate]
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """The scores that this rank holds, read as keys, in chunks of each layer's flat order."""
-
-    scores: Mapping[str, Tensor]
-    within: Mapping[str, Tensor] | None
-
-    @property
-    def size(self) -> int:
-        return sum(score.numel() for score in self.scores.values())
-
-    def num_candidates(self) -> int:
-        """Raises `ValueError` where `within` has other shapes than the scores."""
-        if self.within is None:
-            return self.size
-        for name, score in self.scores.items():
-            if self.within[name].shape != score.shape:
-                shapes = f"{tuple(self.within[name].shape)}, not {tuple(score.shape)}"
-                raise ValueError(f"the candidates of {name} have the shape {shapes}")
-        return sum(int(torch.count_nonzero(self.within[name])) for name in self.scores)
-
-    def chunks(
-        self,
-        names: Iterable[str] | None = None,
-        stride: int = 1,
-        marks: Mapping[str, Tensor] | None = None,
-    ) -> Iterator[_Chunk]:
-        """Every `stride`-th score of the layers (default: all). Raises `ValueError` for a NaN.
-
-        `marks`: masks to be written, of which each chunk gets its part.
-        """
-        for name in self.scores if names is None else names:
-            parts = _split(self.scores[name], stride)
-            nothing = [None] * len(parts)
-            candidates = nothing if self.within is None else _split(self.within[name], stride)
-            marked = nothing if marks is None else _split(marks[name], stride)
-            for score, candidate, mark in zip(parts, candidates, marked, strict=True):
-                yield _Chunk(name, _keys(score, name), _array(candidate), _array(mark))
-
-
-def _split(tensor: Tensor, stride: int) -> tuple[Tensor, ...]:
-    chunk = _CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK
-    parts: tuple[Tensor, ...] = tensor.detach().contiguous().flatten()[::stride].split(chunk)
-    return parts
-
-
-def _array(tensor: Tensor | None) -> Array:
-    return tensor.numpy() if tensor is not None and tensor.device.type == "cpu" else tensor
-
-
-def _keys(scores: Tensor, name: str) -> Array:
-    """`int32`, ordered as the scores are; both zeros are 0. Raises `ValueError` for a NaN.
-
-    May be the scores' own memory.
-    """
-    keys = _array(scores.float().contiguous().view(torch.int32))
-    if not len(keys):
-        return keys
-    lowest = keys.min()
-    if lowest < 0:
-        sign = keys >> 31
-        keys = ((keys & 0x7FFFFFFF) ^ sign) - sign
-        lowest = keys.min()
-    if keys.max() > _INFINITY or lowest < -_INFINITY:
-        raise ValueError(f"the score of {name} is not a number")
-    return keys
-
-
-def _agree(layers: _Layers, count: int, ranks: Ranks) -> int:
+def _agree(layers: Layers, count: int, ranks: Ranks) -> int:
     """How many candidates there are on all ranks together.
 
     Raises `ValueError` where `count` is impossible, or the ranks want different things.
@@ -170,62 +78,92 @@ def _agree(layers: _Layers, count: int, ranks: Ranks) -> int:
 # The threshold --------------------------------------------------------------------------------
 
 
+class _Held(NamedTuple):
+    """What was taken out of a chunk, as a chunk of its own, and where it goes back."""
+
+    chunk: Chunk
+    marks: Array
+    places: Array
+
+
 class _Between:
     """The candidates from one key to another: held where they are few, else read again."""
 
-    def __init__(self, layers: _Layers, low: int, high: int) -> None:
-        self._layers, self._low, self._high = layers, low, high
-        self._held: list[Array] | None = None
+    def __init__(self, layers: Layers, selected: Mapping[str, Tensor], low: int, high: int) -> None:
+        self._layers, self._selected, self._low, self._high = layers, selected, low, high
+        self._held: list[_Held] | None = None
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._selected.keys()
 
     def take(self) -> Tensor:
-        """How many candidates lie above, and how many between; holds these where they are few."""
+        """Selects what lies above; how many that are, and how many candidates lie between."""
         num_above, num_between = 0, 0
-        held: list[Array] = []
-        most = max(_CHUNK, self._layers.size // _HELD)
-        for above, keys in map(self._divide, self._layers.chunks()):
-            num_above += above
-            num_between += len(keys)
+        held: list[_Held] = []
+        most = max(_FEW, self._layers.size // _HELD)
+        for chunk in self._layers.chunks(marks=self._selected):
+            above = chunk.which(chunk.keys > self._high)
+            places = places_of(chunk.which(chunk.keys >= self._low) ^ above)
+            chunk.marks[...] = above
+            num_above += count_true(above)
+            num_between += len(places)
             if num_between <= most:
-                held.append(keys)
+                taken = Chunk(chunk.name, chunk.keys[places], None, above[places])
+                held.append(_Held(taken, chunk.marks, places))
             else:
                 held.clear()
         self._held = held if num_between <= most else None
         return torch.tensor([num_above, num_between])
 
-    def __iter__(self) -> Iterator[Array]:
-        if self._held is not None:
-            return iter(self._held)
-        return (keys for _, keys in map(self._divide, self._layers.chunks()))
+    def chunks(self, names: Collection[str] | None = None) -> Iterable[Chunk]:
+        """What is held, or else all of the layers (default: of all)."""
+        if self._held is None:
+            return self._layers.chunks(names, marks=self._selected)
+        return (h.chunk for h in self._held if names is None or h.chunk.name in names)
 
-    def _divide(self, chunk: _Chunk) -> tuple[int, Array]:
-        above = chunk.which(chunk.keys > self._high)
-        between = chunk.which(chunk.keys >= self._low) ^ above
-        return _count(above), chunk.keys[between]
+    def found(self) -> Iterator[Array]:
+        """The candidates' keys, part by part."""
+        for chunk in self.chunks():
+            keys = chunk.candidates()
+            held = self._held is not None
+            yield keys if held else keys[(keys >= self._low) & (keys <= self._high)]
+
+    def finish(self) -> None:
+        """Writes the marks of what is held to where it was taken."""
+        for chunk, marks, places in self._held or ():
+            marks[places] = chunk.marks
 
 
-def _threshold(layers: _Layers, count: int, available: int, ranks: Ranks) -> tuple[int, int]:
-    """The smallest key that is kept, and how many of the candidates that have it are."""
-    between = _Between(layers, *_guess(layers, count, available, ranks))
+def _narrow(
+    layers: Layers, selected: Mapping[str, Tensor], count: int, available: int, ranks: Ranks
+) -> tuple[_Between, int]:
+    """Candidates among which the threshold is, and how many lie above them; on all ranks."""
+    between = _Between(layers, selected, *_guess(layers, count, available, ranks))
     above, num_between = _summed(between.take, ranks).tolist()
-    if not above < count <= above + num_between:
-        between, above = _Between(layers, _LOWEST, _HIGHEST), 0
-    digits = (_upper(keys) for keys in between)
-    bucket, higher = _bucket(_summed(lambda: _histogram(digits), ranks), count - above)
-    above += higher
-    tails = (keys[_upper(keys) == bucket] & 0xFFFF for keys in between)
-    tail, higher = _bucket(_summed(lambda: _histogram(tails), ranks), count - above)
-    return _first_key(bucket) + tail, count - above - higher
+    if above < count <= above + num_between:
+        return between, above
+    return _Between(layers, selected, LOWEST, HIGHEST), 0
 
 
-def _guess(layers: _Layers, count: int, available: int, ranks: Ranks) -> tuple[int, int]:
+def _threshold(between: _Between, count: int, ranks: Ranks) -> tuple[int, int]:
+    """The smallest key of the `count` largest, and how many of them have just that key."""
+    digits = (_upper(keys) for keys in between.found())
+    bucket, above = _bucket(_summed(lambda: _histogram(digits), ranks), count)
+    tails = (keys[_upper(keys) == bucket] & 0xFFFF for keys in between.found())
+    tail, tied_above = _bucket(_summed(lambda: _histogram(tails), ranks), count - above)
+    return _first_key(bucket) + tail, count - above - tied_above
+
+
+def _guess(layers: Layers, count: int, available: int, ranks: Ranks) -> tuple[int, int]:
     """The keys between which the threshold should lie, by a sample; it does if that is all."""
     stride = max(1, available // _SAMPLE)
     digits = (_upper(chunk.candidates()) for chunk in layers.chunks(stride=stride))
     counts = _summed(lambda: _histogram(digits), ranks)
     size = int(counts.sum())
     expected = count * size / available
-    margin = 0.0 if stride == 1 else 1 + 3 * math.sqrt(size)  # six deviations at the median
-    low, high = _LOWEST, _HIGHEST
+    margin = 0.0 if stride == 1 else 1 + 2 * math.sqrt(size)  # four deviations at the median
+    low, high = LOWEST, HIGHEST
     if expected + margin <= size:
         low = _first_key(_bucket(counts, math.ceil(expected + margin))[0])
     if expected - margin >= 1:
@@ -257,7 +195,7 @@ def _gathered(parts: Iterable[Array]) -> Iterator[Tensor]:
     for part in parts:
         waiting.append(torch.as_tensor(part))
         size += len(part)
-        if size >= _CHUNK:
+        if size >= _FEW:
             yield torch.cat(waiting)
             waiting, size = [], 0
     if waiting:
@@ -286,12 +224,12 @@ def _bucket(counts: Tensor, count: int) -> tuple[int, int]:
 # The masks ------------------------------------------------------------------------------------
 
 
-def _mark(layers: _Layers, threshold: int, selected: Mapping[str, Tensor]) -> list[int]:
-    """Selects all candidates from `threshold` on; how many of each layer lie on it."""
-    ties = dict.fromkeys(selected, 0)
-    for chunk in layers.chunks(marks=selected):
+def _mark(between: _Between, threshold: int) -> list[int]:
+    """Selects the candidates from `threshold` on; how many of each layer lie on it."""
+    ties = dict.fromkeys(between.names, 0)
+    for chunk in between.chunks():
         chunk.marks[...] = chunk.which(chunk.keys >= threshold)
-        ties[chunk.name] += _count(chunk.which(chunk.keys == threshold))
+        ties[chunk.name] += count_true(chunk.which(chunk.keys == threshold))
     return list(ties.values())
 
 
@@ -305,14 +243,9 @@ def _share_out(num_kept: int, ties: list[list[int]]) -> list[list[int]]:
     return kept
 
 
-def _drop_ties(layers: _Layers, name: str, threshold: int, num_kept: int, mask: Tensor) -> None:
-    """Takes what lies on the threshold out of a layer's `mask`, but for the first `num_kept`."""
-    for chunk in layers.chunks([name], marks={name: mask}):
+def _drop_ties(between: _Between, name: str, threshold: int, num_kept: int) -> None:
+    """Takes back what lies on the threshold in a layer, but for the first `num_kept`."""
+    for chunk in between.chunks([name]):
         tied = chunk.which(chunk.keys == threshold)
         chunk.marks[tied & (tied.cumsum(0) > num_kept)] = False
-        num_kept = max(0, num_kept - _count(tied))
-
-
-def _count(found: Array) -> int:
-    """How many are `True`."""
-    return int(torch.count_nonzero(found) if isinstance(found, Tensor) else np.count_nonzero(found))
+        num_kept = max(0, num_kept - count_true(tied))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pruning import select
+from pruning import keys, select
 from pruning.select import select_largest
 
 FLOAT32 = st.floats(width=32, allow_nan=False)  # infinities and subnormal numbers included
@@ -22,9 +23,21 @@ FLOAT16 = st.floats(width=16, allow_nan=False)
 COMMON = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, float("inf"), -float("inf")])
 # Chunks that cut a layer, samples that skip scores; or all in one.
 SIZES = st.fixed_dictionaries(
-    {"_CHUNK": st.sampled_from([5, 1 << 20]), "_SAMPLE": st.sampled_from([1, 4, 1 << 18])}
+    {
+        "chunk": st.sampled_from([5, 1 << 20]),
+        "sample": st.sampled_from([1, 4, 1 << 18]),
+        "few": st.sampled_from([0, 1 << 18]),
+    }
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@contextmanager
+def with_sizes(chunk: int, sample: int = 1 << 18, few: int = 1 << 18) -> Iterator[None]:
+    """Smaller chunks and samples, and fewer keys that are held, than is quick."""
+    with mock.patch.object(keys, "_CHUNK", chunk):
+        with mock.patch.multiple(select, _SAMPLE=sample, _FEW=few):
+            yield
 
 
 @st.composite
@@ -71,7 +84,7 @@ def test_the_choice_is_that_of_a_stable_sort(
 ) -> None:
     """Ties, signs, both zeros, infinities, subnormals; float32, float16, bfloat16; any chunk."""
     count = data.draw(st.integers(0, sum(s.numel() for s in scores.values())))
-    with mock.patch.multiple(select, **sizes):
+    with with_sizes(**sizes):
         assert_same(select_largest(scores, count), by_sorting(scores, count))
 
 
@@ -88,7 +101,7 @@ def test_the_choice_within_candidates_is_that_of_a_stable_sort(
         for name, s in scores.items()
     }
     count = data.draw(st.integers(0, sum(int(mask.sum()) for mask in within.values())))
-    with mock.patch.multiple(select, **sizes):
+    with with_sizes(**sizes):
         assert_same(select_largest(scores, count, within), by_sorting(scores, count, within))
 
 
@@ -204,7 +217,7 @@ def test_thousands_of_scores_are_chosen_as_by_sorting(fraction: float) -> None:
     """6,650 scores in three layers, with chunks that cut them unevenly."""
     for scores in random_layers():
         count = round(6650 * fraction)
-        with mock.patch.object(select, "_CHUNK", 999):
+        with with_sizes(chunk=999):
             found = select_largest(scores, count)
         assert sum(int(mask.sum()) for mask in found.values()) == count
         assert_same(found, by_sorting(scores, count))
@@ -217,9 +230,21 @@ def test_a_sample_that_misleads_costs_time_only(stride_is_large: bool) -> None:
     score = torch.rand(30_000, generator=generator)
     score[::10] += 5 if stride_is_large else -5
     scores = {"w": score}
-    with mock.patch.multiple(select, _CHUNK=999, _SAMPLE=3000):
+    with with_sizes(chunk=999, sample=3000):
         for count in (1, 2000, 3000, 3001, 15_000, 29_999):
             assert_same(select_largest(scores, count), by_sorting(scores, count))
+
+
+def test_tensors_are_handled_as_arrays_are() -> None:
+    """What runs on a GPU, in NumPy's place: the same choice."""
+    with mock.patch.object(keys, "_array", lambda tensor: tensor):
+        for scores in random_layers():
+            within = {name: score > -0.5 for name, score in scores.items()}
+            for few in (0, 1 << 18):
+                with with_sizes(chunk=999, sample=500, few=few):
+                    assert_same(select_largest(scores, 3000), by_sorting(scores, 3000))
+                    found = select_largest(scores, 1000, within)
+                    assert_same(found, by_sorting(scores, 1000, within))
 
 
 MEMORY = """
