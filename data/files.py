@@ -151,12 +151,12 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+            fsync_folder(target.parent)
         except OSError as error:
             error.filename = str(target)  # a full disk names none
             raise
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(target.parent)
 
     def put(self, name: str, path: Path) -> None:
         """Moves a local file here, so that a reader sees all of it or none, also after a crash.
