@@ -148,16 +148,17 @@ class Data:
 class Bench:
     """Measures this machine against a reference, both in one run, and prints the ratio."""
 
-    benchmark: Positional[Literal["engine", "masks", "checkpoint", "threshold", "loader"]]
+    benchmark: Positional[Literal["engine", "masks", "checkpoint", "store", "threshold", "loader"]]
     """engine: images/s through fit against a bare loop; masks: what a 5 % mask adds to a step;
     checkpoint: how long a save stops the training, asynchronous against synchronous;
+    store: bytes and seconds of stored masks against torch.save;
     threshold: choosing the largest weights against a sort and others;
     loader: images/s of the training view of image files against other loaders"""
     root: str | None = None
     """loader: a folder with train/CLASS and val/CLASS to read (default: JPEGs made from sample
     photographs)"""
     size: Literal["resnet50", "wide_resnet50_2", "1G"] | None = None
-    """threshold: of these layers alone; 1G takes about 16 GiB (default: both ResNets)"""
+    """store, threshold: of these layers alone; 1G takes about 16 GiB (default: both ResNets)"""
     json: bool = False
     """print one JSON document"""
 
@@ -166,8 +167,8 @@ class Bench:
 
         if self.root is not None and self.benchmark != "loader":
             raise UserError(f"--root: {self.benchmark} reads no images; only loader does")
-        if self.size is not None and self.benchmark != "threshold":
-            raise UserError(f"--size: {self.benchmark} has one size; only threshold has several")
+        if self.size is not None and self.benchmark not in ("store", "threshold"):
+            raise UserError(f"--size: {self.benchmark} has one size; store and threshold have more")
         chosen = {"root": self.root, "size": self.size}
         options = {name: value for name, value in chosen.items() if value is not None}
         BENCHMARKS[self.benchmark](as_json=self.json, **options)

@@ -1,7 +1,7 @@
 """Masks in objects: bit-packed, compressed chunk by chunk, written and read by many ranks.
 
-Eight chunks make a shard, an object of its own: where the bits stand does not depend on how many
-ranks write, so equal masks are stored once. Each rank writes its share of the shards, and reads
+Some chunks make a shard, an object of its own: which ones does not depend on how many ranks
+write, so equal masks are stored once. Each rank writes its share of the shards, and reads
 its share, or only the byte ranges of the weights that it needs.
 """
 
@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import zstandard
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data.errors import RunError
 from pruning import document
-from pruning.masks import Masks
+from pruning.masks import Masks, count_kept
 from pruning.objects import Objects, require_memory
-from pruning.packing import CHUNK_BYTES, Packing, Shape, masks_digest, unpack_bits
+from pruning.packing import CHUNK_BYTES, SHARD_BYTES, Packing, Shape, unpack_bits
 from train.ranks import ALONE, Ranks
 
-CHUNKS_PER_SHARD = 8
-_MOST_SHARD_BYTES = 2 * CHUNKS_PER_SHARD * CHUNK_BYTES
+_MOST_BYTES = 2 * SHARD_BYTES
+"""of a shard: incompressible, with its header"""
 _LEVEL = 1
 _THREADS = 8
 
@@ -50,7 +49,7 @@ class StoredMasks:
     """in layer order"""
     kept: dict[str, int]
     chunks: tuple[str, ...]
-    """SHA-256 of each packed chunk"""
+    """SHA-256 of the bits of each chunk"""
     shards: tuple[Shard, ...]
 
     @cached_property
@@ -60,7 +59,7 @@ class StoredMasks:
     @cached_property
     def digest(self) -> str:
         """As `Masks.digest`."""
-        return masks_digest(self.shapes, list(self.chunks))
+        return self.packing.digest(self.chunks)
 
     @property
     def num_kept(self) -> int:
@@ -73,10 +72,13 @@ class StoredMasks:
     def to_json(self) -> dict[str, Any]:
         return {
             "tensors": {
-                name: {"shape": list(shape), "kept": self.kept[name]}
+                name: {
+                    "shape": list(shape),
+                    "kept": self.kept[name],
+                    "chunks": [self.chunks[i] for i in self.packing.chunks_of(name)],
+                }
                 for name, shape in self.shapes.items()
             },
-            "chunks": list(self.chunks),
             "shards": [asdict(shard) for shard in self.shards],
         }
 
@@ -86,28 +88,26 @@ class StoredMasks:
         fields = document.mapping(value, "masks")
         rows = document.table(document.mapping, fields["tensors"], "masks.tensors")
         shapes = {name: document.shape(row["shape"], name) for name, row in rows.items()}
-        stored = cls(
-            shapes=shapes,
-            kept={
-                name: document.count(row["kept"], name, math.prod(shapes[name]))
-                for name, row in rows.items()
-            },
-            chunks=document.digests(fields["chunks"], "a chunk"),
-            shards=tuple(map(_shard, document.sequence(fields["shards"], "shards"))),
-        )
-        num_chunks = stored.packing.num_chunks
-        lengths = [len(shard.chunks) for shard in stored.shards]
-        full, rest = divmod(num_chunks, CHUNKS_PER_SHARD)
-        if len(stored.chunks) != num_chunks or lengths != [CHUNKS_PER_SHARD] * full + [rest] * (
-            rest > 0
-        ):
-            raise ValueError(f"chunks and shards do not fit the shapes, which need {num_chunks}")
+        kept = {
+            name: document.count(row["kept"], name, math.prod(shapes[name]))
+            for name, row in rows.items()
+        }
+        chunks = {name: document.digests(row["chunks"], name) for name, row in rows.items()}
+        shards = tuple(map(_shard, document.sequence(fields["shards"], "shards")))
+        in_order = tuple(chunk for name in sorted(chunks) for chunk in chunks[name])
+        for name, found in chunks.items():  # before anything of that length is made
+            needed = -(-math.prod(shapes[name]) // (8 * CHUNK_BYTES))
+            if len(found) != needed:
+                raise ValueError(f"{name} has {len(found)} chunks instead of {needed}")
+        stored = cls(shapes, kept, in_order, shards)
+        if [len(s.chunks) for s in shards] != [len(r) for r in stored.packing.shards]:
+            raise ValueError("the shards do not hold each chunk once")
         return stored
 
 
 def _shard(value: Any) -> Shard:
     fields = document.mapping(value, "a shard")
-    num_bytes = document.count(fields["num_bytes"], "the bytes of a shard", _MOST_SHARD_BYTES)
+    num_bytes = document.count(fields["num_bytes"], "the bytes of a shard", _MOST_BYTES)
     chunks = []
     for pair in document.sequence(fields["chunks"], "the chunks of a shard"):
         offset, length = document.counts(pair, "a chunk's place")
@@ -123,33 +123,32 @@ def _shard(value: Any) -> Shard:
 def write_masks(objects: Objects, masks: Masks, ranks: Ranks = ALONE) -> StoredMasks:
     """Stores masks that all ranks hold, each writing its share of the shards."""
     packing = Packing.of(masks)
-    num_shards = -(-packing.num_chunks // CHUNKS_PER_SHARD)
+    shards = packing.shards
 
     def write() -> list[tuple[list[str], Shard]]:
-        own = range(ranks.rank, num_shards, ranks.world_size)
-        return [_write_shard(objects, masks, packing, index) for index in own]
+        own = shards[ranks.rank :: ranks.world_size]
+        return [_write_shard(objects, masks, packing, chunks) for chunks in own]
 
     written = ranks.together(write)
-    in_order = [written[i % ranks.world_size][i // ranks.world_size] for i in range(num_shards)]
+    in_order = [written[i % ranks.world_size][i // ranks.world_size] for i in range(len(shards))]
     return StoredMasks(
         packing.shapes,
-        {name: int(mask.sum()) for name, mask in masks.items()},
+        {name: count_kept(mask) for name, mask in masks.items()},
         tuple(digest for digests, _ in in_order for digest in digests),
         tuple(shard for _, shard in in_order),
     )
 
 
 def _write_shard(
-    objects: Objects, masks: Masks, packing: Packing, index: int
+    objects: Objects, masks: Masks, packing: Packing, chunks: range
 ) -> tuple[list[str], Shard]:
     """Writes one shard; gives the digests of its chunks as well."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
     digests, parts = [], {}
-    first = index * CHUNKS_PER_SHARD
-    for chunk in range(first, min(first + CHUNKS_PER_SHARD, packing.num_chunks)):
-        packed = packing.pack(masks, *packing.chunk_span(chunk))
+    for place, chunk in enumerate(chunks):
+        packed = packing.pack(masks, chunk)
         digests.append(hashlib.sha256(packed.data).hexdigest())
-        parts[str(chunk - first)] = np.frombuffer(compressor.compress(packed.data), np.uint8)
+        parts[f"{place:03d}"] = np.frombuffer(compressor.compress(packed.data), np.uint8)
     content = safetensors.numpy.save(parts, {"format": "tombola-masks"})
     offset = len(content) - sum(map(len, parts.values()))
     places = []
@@ -171,23 +170,20 @@ def read_masks(objects: Objects, stored: StoredMasks, ranks: Ranks = ALONE) -> M
     packing = stored.packing
     require_memory(stored.size, f"masks of {stored.size:,} weights take as many bytes")
 
-    def read() -> list[bytes]:
+    def read() -> list[dict[int, bytes]]:
         own = range(ranks.rank, len(stored.shards), ranks.world_size)
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(lambda index: _read_shard(objects, stored, index), own))
 
-    read_by = ranks.together(read)
-    packed = np.empty(packing.num_bytes, np.uint8)
-    for index in range(len(stored.shards)):
-        part = read_by[index % ranks.world_size][index // ranks.world_size]
-        start, _ = packing.chunk_span(index * CHUNKS_PER_SHARD)
-        packed[start : start + len(part)] = np.frombuffer(part, np.uint8)
-    try:
-        masks = {name: packing.unpack(packed, name) for name in stored.shapes}
-    except ValueError as error:
-        raise RunError(f"{objects.folder}: damaged masks: {error}") from error
-    for name, mask in masks.items():
-        if int(mask.sum()) != stored.kept[name]:
+    bits = {i: part for by in ranks.together(read) for shard in by for i, part in shard.items()}
+    masks: dict[str, Tensor] = {}
+    for name, shape in stored.shapes.items():
+        packed = b"".join(bits[index] for index in packing.chunks_of(name))
+        try:
+            masks[name] = unpack_bits(packed, shape)
+        except ValueError as error:
+            raise RunError(f"{objects.folder}: damaged masks: {name}: {error}") from error
+        if count_kept(masks[name]) != stored.kept[name]:
             raise RunError(f"{objects.folder}: damaged masks: {name} does not keep what is told")
     return Masks(masks)
 
@@ -201,65 +197,51 @@ def read_part(
     what is not in the masks, and `RunError` as `read_masks` does.
     """
     packing = stored.packing
-    spans: dict[str, tuple[int, int]] = {}
+    chunks: dict[str, range] = {}
     for name, (start, stop) in wanted.items():
         if name not in stored.shapes or not 0 <= start <= stop <= packing.size(name):
             raise ValueError(f"no weights {start} to {stop} of {name} in these masks")
-        first, _ = packing.span(name)
-        spans[name] = first + start // 8, first + (stop + 7) // 8
-    needed = {chunk for span in spans.values() for chunk in packing.chunks_of(*span)}
-    chunks: dict[int, NDArray[np.uint8]] = {}
-    for index in sorted({chunk // CHUNKS_PER_SHARD for chunk in needed}):
-        chunks |= _read_chunks(objects, stored, index, needed)
+        chunks[name] = packing.chunks_of(name, start // 8, (stop + 7) // 8 if stop > start else 0)
+    needed = {chunk for found in chunks.values() for chunk in found}
+    bits: dict[int, bytes] = {}
+    for index, shard in enumerate(packing.shards):
+        if not needed.isdisjoint(shard):
+            bits |= _read_shard(objects, stored, index, needed)
     found: dict[str, Tensor] = {}
     for name, (start, stop) in wanted.items():
-        first, last = spans[name]
-        packed = np.empty(last - first, np.uint8)
-        for chunk in packing.chunks_of(first, last):
-            begin, end = packing.chunk_span(chunk)
-            low, high = max(first, begin), min(last, end)
-            packed[low - first : high - first] = chunks[chunk][low - begin : high - begin]
-        bits = unpack_bits(packed, (8 * len(packed),))
-        found[name] = bits[start % 8 : start % 8 + stop - start]
+        packed = b"".join(bits[chunk] for chunk in chunks[name])
+        first = 8 * packing.chunks[chunks[name][0]].start if chunks[name] else start
+        found[name] = unpack_bits(packed, (8 * len(packed),))[start - first : stop - first]
     return found
 
 
-def _read_shard(objects: Objects, stored: StoredMasks, index: int) -> bytes:
-    """The packed bits of a shard: the object is verified, and every chunk."""
-    shard = stored.shards[index]
-    content = objects.get(shard.sha256, shard.num_bytes)
-    parts = [content[offset : offset + length] for offset, length in shard.chunks]
-    first = index * CHUNKS_PER_SHARD
-    return b"".join(
-        _unpacked(objects, stored, first + place, part) for place, part in enumerate(parts)
-    )
-
-
-def _read_chunks(
-    objects: Objects, stored: StoredMasks, index: int, needed: set[int]
-) -> dict[int, NDArray[np.uint8]]:
-    """The chunks of a shard that are needed, by their numbers."""
-    shard, first = stored.shards[index], index * CHUNKS_PER_SHARD
-    own = [chunk for chunk in range(first, first + len(shard.chunks)) if chunk in needed]
-    ranges = [shard.chunks[chunk - first] for chunk in own]
-    parts = objects.get_ranges(shard.sha256, ranges)
+def _read_shard(
+    objects: Objects, stored: StoredMasks, index: int, needed: set[int] | None = None
+) -> dict[int, bytes]:
+    """The bits of a shard's chunks by their numbers, verified: all, or those that are needed."""
+    shard, where = stored.shards[index], objects.file(stored.shards[index].sha256)
+    places = dict(zip(stored.packing.shards[index], shard.chunks, strict=True))
+    if needed is None:
+        content = objects.get(shard.sha256, shard.num_bytes)
+        parts = [content[offset : offset + length] for offset, length in places.values()]
+    else:
+        places = {number: place for number, place in places.items() if number in needed}
+        parts = objects.get_ranges(shard.sha256, list(places.values()))
     return {
-        chunk: np.frombuffer(_unpacked(objects, stored, chunk, part), np.uint8)
-        for chunk, part in zip(own, parts, strict=True)
+        number: _unpacked(stored, number, part, where)
+        for number, part in zip(places, parts, strict=True)
     }
 
 
-def _unpacked(objects: Objects, stored: StoredMasks, chunk: int, compressed: bytes) -> bytes:
+def _unpacked(stored: StoredMasks, number: int, compressed: bytes, where: str) -> bytes:
     """The bits of a chunk. Nothing longer than they must be is ever decompressed."""
-    start, stop = stored.packing.chunk_span(chunk)
-    shard = stored.shards[chunk // CHUNKS_PER_SHARD]
+    name, start, stop = stored.packing.chunks[number]
     try:
         if zstandard.get_frame_parameters(compressed).content_size != stop - start:
             raise ValueError("of another length")
         packed = zstandard.ZstdDecompressor().decompress(compressed, stop - start)
-        if hashlib.sha256(packed).hexdigest() != stored.chunks[chunk]:
+        if hashlib.sha256(packed).hexdigest() != stored.chunks[number]:
             raise ValueError("its bits do not match their digest")
     except (ValueError, zstandard.ZstdError) as error:
-        where = objects.file(shard.sha256)
-        raise RunError(f"{where}: damaged: chunk {chunk % CHUNKS_PER_SHARD}: {error}") from error
+        raise RunError(f"{where}: damaged: a chunk of {name}: {error}") from error
     return bytes(packed)

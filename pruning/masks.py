@@ -4,11 +4,12 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.errors import UserError, did_you_mean
-from pruning.packing import Packing, masks_digest, pack_bits, unpack_bits  # noqa: F401
+from pruning.packing import Packing
 
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -67,7 +68,7 @@ class Masks(Mapping[str, Tensor]):
     @property
     def kept(self) -> int:
         """How many weights are kept."""
-        return sum(int(mask.sum()) for mask in self.values())
+        return sum(map(count_kept, self.values()))
 
     @property
     def size(self) -> int:
@@ -82,14 +83,14 @@ class Masks(Mapping[str, Tensor]):
     def table(self) -> list[LayerDensity]:
         """What is kept per layer, in layer order."""
         return [
-            LayerDensity(name, tuple(mask.shape), int(mask.sum()), mask.numel())
+            LayerDensity(name, tuple(mask.shape), count_kept(mask), mask.numel())
             for name, mask in self.items()
         ]
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and bits, the same for any order of layers and any device."""
         packing = Packing.of(self)
-        return masks_digest(packing.shapes, packing.chunk_digests(self))
+        return packing.digest(packing.digests(self))
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
@@ -114,6 +115,11 @@ class Masks(Mapping[str, Tensor]):
         if mine != theirs:
             names = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
             raise ValueError(f"masks of different weights: {', '.join(names[:3])}")
+
+
+def count_kept(mask: Tensor) -> int:
+    """How many are `True`; on the CPU by NumPy, which is an order of magnitude faster."""
+    return int(np.count_nonzero(mask.numpy()) if mask.is_cpu else mask.sum())
 
 
 def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:

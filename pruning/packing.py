@@ -1,16 +1,16 @@
-"""Bool tensors as one vector of bits, cut into chunks of a fixed size.
+"""Bool tensors as bits, each tensor cut into chunks of a fixed size.
 
-Eight weights a byte, the first in the lowest bit, each tensor in row-major order and from a new
-byte on, the tensors in the order of their names. So the vector of equal masks is equal wherever
-it is made, and any rank can make or read any part of it.
+Eight weights a byte, the first in the lowest bit, in row-major order; a tensor's chunks hold no
+other tensor's bits. What a chunk holds depends on nothing but the mask: any rank can make or read
+any of them, and equal masks have equal chunks wherever they are made.
 """
 
-import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +19,34 @@ from torch import Tensor
 
 CHUNK_BYTES = 128 << 10
 """1,048,576 weights"""
+SHARD_BYTES = 8 * CHUNK_BYTES
+SHARD_CHUNKS = 256
 Shape = tuple[int, ...]
 
 
+class Chunk(NamedTuple):
+    """A part of a tensor's packed bits."""
+
+    name: str
+    start: int
+    """the first byte"""
+    stop: int
+    """the byte after the last"""
+
+
 class Packing:
-    """Where the bits of tensors of given shapes stand in the vector."""
+    """How the bits of tensors of given shapes are cut."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes = dict(shapes)
-        self._names = sorted(self.shapes)
-        self._stops: list[int] = []
-        stop = 0
-        for name in self._names:
-            stop += (self.size(name) + 7) // 8
-            self._stops.append(stop)
-        self.num_bytes = stop
-        self.num_chunks = -(-stop // CHUNK_BYTES)
+        self.chunks: list[Chunk] = []
+        """by the names of the tensors, then by their place in it"""
+        self._first: dict[str, int] = {}
+        for name in sorted(self.shapes):
+            self._first[name] = len(self.chunks)
+            num_bytes = self.num_bytes(name)
+            for start in range(0, num_bytes, CHUNK_BYTES):
+                self.chunks.append(Chunk(name, start, min(start + CHUNK_BYTES, num_bytes)))
 
     @classmethod
     def of(cls, masks: Mapping[str, Tensor]) -> "Packing":
@@ -45,55 +57,49 @@ class Packing:
         """How many weights a tensor has."""
         return math.prod(self.shapes[name])
 
-    def span(self, name: str) -> tuple[int, int]:
-        """The first byte of a tensor, and the one after its last."""
-        place = bisect.bisect_left(self._names, name)
-        return (self._stops[place - 1] if place else 0), self._stops[place]
+    def num_bytes(self, name: str) -> int:
+        """How many bytes its bits take."""
+        return (self.size(name) + 7) // 8
 
-    def chunk_span(self, index: int) -> tuple[int, int]:
-        """The first byte of a chunk, and the one after its last."""
-        start = index * CHUNK_BYTES
-        return start, min(start + CHUNK_BYTES, self.num_bytes)
+    def chunks_of(self, name: str, start: int = 0, stop: int | None = None) -> range:
+        """The numbers of the chunks that hold the bytes `start` to `stop` of a tensor."""
+        stop = self.num_bytes(name) if stop is None else stop
+        if stop <= start:
+            return range(0)
+        first = self._first[name]
+        return range(first + start // CHUNK_BYTES, first - (-stop // CHUNK_BYTES))
 
-    def chunks_of(self, start: int, stop: int) -> range:
-        """The chunks that hold the bytes `start` to `stop`."""
-        return range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES) if stop > start else 0)
+    @cached_property
+    def shards(self) -> list[range]:
+        """Which chunks lie in one file: until it holds `SHARD_BYTES` or `SHARD_CHUNKS`."""
+        shards: list[range] = []
+        first, num_bytes = 0, 0
+        for index, chunk in enumerate(self.chunks):
+            length = chunk.stop - chunk.start
+            if num_bytes + length > SHARD_BYTES or index - first == SHARD_CHUNKS:
+                shards.append(range(first, index))
+                first, num_bytes = index, 0
+            num_bytes += length
+        return shards + ([range(first, len(self.chunks))] if self.chunks else [])
 
-    def pack(self, masks: Mapping[str, Tensor], start: int, stop: int) -> NDArray[np.uint8]:
-        """The bytes `start` to `stop` of the vector; only these weights are looked at."""
-        packed = np.empty(stop - start, np.uint8)
-        for name, first, last in self._pieces(start, stop):
-            begin, _ = self.span(name)
-            bits = masks[name].contiguous().view(-1)[8 * (first - begin) : 8 * (last - begin)]
-            packed[first - start : last - start] = np.packbits(
-                bits.cpu().numpy(), bitorder="little"
-            )
-        return packed
+    def pack(self, masks: Mapping[str, Tensor], index: int) -> NDArray[np.uint8]:
+        """The bits of a chunk; only these weights are looked at."""
+        name, start, stop = self.chunks[index]
+        bits = masks[name].contiguous().view(-1)[8 * start : 8 * stop]
+        return np.packbits(bits.cpu().numpy(), bitorder="little")
 
-    def unpack(self, packed: NDArray[np.uint8], name: str) -> Tensor:
-        """A tensor out of the whole vector. Raises `ValueError` for bits beyond its last weight."""
-        start, stop = self.span(name)
-        return unpack_bits(packed[start:stop], self.shapes[name])
-
-    def chunk_digests(self, masks: Mapping[str, Tensor]) -> list[str]:
+    def digests(self, masks: Mapping[str, Tensor]) -> list[str]:
         """The SHA-256 of each chunk."""
-        spans = (self.chunk_span(index) for index in range(self.num_chunks))
-        return [hashlib.sha256(self.pack(masks, *span).data).hexdigest() for span in spans]
+        numbers = range(len(self.chunks))
+        return [hashlib.sha256(self.pack(masks, index).data).hexdigest() for index in numbers]
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """The tensors between two bytes: each with the part of it that lies there."""
-        place = bisect.bisect_right(self._stops, start)
-        while start < stop:
-            last = min(stop, self._stops[place])
-            if last > start:
-                yield self._names[place], start, last
-            start, place = last, place + 1
-
-
-def masks_digest(shapes: Mapping[str, Shape], chunks: list[str]) -> str:
-    """The SHA-256 that names masks: over names, shapes and the digests of the chunks."""
-    tensors = {name: list(shape) for name, shape in shapes.items()}
-    return hashlib.sha256(canonical({"tensors": tensors, "chunks": chunks})).hexdigest()
+    def digest(self, chunks: Sequence[str]) -> str:
+        """The SHA-256 that names masks, by the digests of their chunks."""
+        tensors = {
+            name: {"shape": list(shape), "chunks": [chunks[i] for i in self.chunks_of(name)]}
+            for name, shape in self.shapes.items()
+        }
+        return hashlib.sha256(canonical(tensors)).hexdigest()
 
 
 def canonical(document: Any) -> bytes:

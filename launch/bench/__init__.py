@@ -6,12 +6,14 @@ from launch.bench.checkpoint import bench_checkpoint
 from launch.bench.engine import bench_engine
 from launch.bench.loader import bench_loader
 from launch.bench.masks import bench_masks
+from launch.bench.store import bench_store
 from launch.bench.threshold import bench_threshold
 
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "engine": bench_engine,
     "masks": bench_masks,
     "checkpoint": bench_checkpoint,
+    "store": bench_store,
     "threshold": bench_threshold,
     "loader": bench_loader,
 }

@@ -54,5 +54,15 @@ def report(result: dict[str, Any], *, as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     for key, value in result.items():
-        console.print(f"{key:24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")
+        if isinstance(value, dict):
+            console.print(key)
+            for fact, number in value.items():
+                _print(console, f"  {fact}", number)
+        else:
+            _print(console, key, value)
     console.print(f"{'measured on':24} {machine['device']}, {machine['threads']} threads")
+
+
+def _print(console: Console, key: str, value: object) -> None:
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    console.print(f"{key:24} {shown}")

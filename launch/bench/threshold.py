@@ -4,23 +4,17 @@ import gc
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor
 
 from launch.bench.measure import interleaved, report
-from pruning.masks import prunable
+from launch.bench.networks import DEFAULT, ROUNDS, Size, scores_of
 from pruning.select import select_largest
 
-Size = Literal["resnet50", "wide_resnet50_2", "1G"]
 Layers = dict[str, Tensor]
-
-_BILLION = "vit_giant_patch14_clip_224"
-_DEFAULT: tuple[Size, ...] = ("resnet50", "wide_resnet50_2")
-_ROUNDS = {"resnet50": 9, "wide_resnet50_2": 5, "1G": 1}
 _OURS, _SORT = "select_largest", "sort (open_lth)"
 _LEGEND = "kept minus asked for; peak of memory beyond scores and result"
 
@@ -32,30 +26,17 @@ def bench_threshold(*, size: Size | None = None, as_json: bool) -> None:
     four fifths. The sort is open_lth's way: it compares with `>`, and so drops all ties.
     """
     result: dict[str, Any] = {"kept, extra": _LEGEND}
-    for name in _DEFAULT if size is None else (size,):
-        scores = _scores(_BILLION if name == "1G" else name)
+    for name in DEFAULT if size is None else (size,):
+        scores = scores_of(name)
         total = sum(score.numel() for score in scores.values())
         for label, density, fraction in (("dense", 1.0, 0.2), ("of 64 %", 0.64, 0.8)):
             alive = _survivors(scores, density)
             count = round(sum(int(mask.sum()) for mask in alive.values()) * fraction)
             work = f"{name} ({total / 1e6:.1f}M), {label}"
-            result |= _compare(work, _ways(scores, alive, count, density), count, _ROUNDS[name])
+            result |= _compare(work, _ways(scores, alive, count, density), count, ROUNDS[name])
     if not as_json:
         result = {k: _line(v) if isinstance(v, dict) else v for k, v in result.items()}
     report(result, as_json=as_json)
-
-
-def _scores(model: str) -> Layers:
-    """Magnitudes of a normal distribution, scaled by each layer's fan-in; float32."""
-    with torch.device("meta"):
-        shapes = {n: w.shape for n, w in prunable(timm.create_model(model)).items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(0)
-    scores = {}
-    for name, shape in shapes.items():
-        drawn = torch.randn(shape, generator=generator, device=device)
-        scores[name] = drawn.abs_().mul_((2 / shape[1:].numel()) ** 0.5)
-    return scores
 
 
 def _survivors(scores: Layers, density: float) -> Layers:
