@@ -1,6 +1,7 @@
 """Masks and weights in objects: what is written comes back, on any number of ranks, by any part."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from processes import run_ranks
 
 from data.errors import RunError
 from data.files import Folder
+from launch.bench.networks import scores_of
+from pruning.allocate import keep_top
+from pruning.document import write_document
 from pruning.mask_store import StoredMasks, read_masks, read_part, write_masks
 from pruning.masks import Masks
 from pruning.objects import Objects
@@ -194,3 +198,23 @@ def test_weights_of_any_type_come_back(objects: Objects) -> None:
     read = read_weights(objects, write_weights(objects, weights))
     assert list(read) == list(weights)
     assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("density", "bound"), [(0.8, 1.05), (0.2, 1.05), (0.05, 1.25), (0.02, 1.25)]
+)
+def test_a_resnet50_takes_hardly_more_than_its_entropy(density: float, bound: float) -> None:
+    """The largest of normal scores over all layers: against each layer's entropy, and 64 KiB."""
+    scores = scores_of("resnet50")
+    masks = keep_top(scores, density)
+    entropy = 0.0
+    for mask in masks.values():
+        kept = float(mask.float().mean())
+        for share in (kept, 1 - kept):
+            entropy -= mask.numel() * share * math.log2(share) / 8 if share else 0
+    folder = Folder("memory://resnet50")
+    stored = write_masks(Objects(folder / "objects"), masks)
+    write_document(folder, "masks.json", "test", stored.to_json())
+    num_bytes = sum(shard.num_bytes for shard in stored.shards) + folder.size("masks.json")
+    assert num_bytes <= bound * entropy + (64 << 10)
+    folder.remove()
