@@ -44,7 +44,7 @@ def read_document(folder: Folder, name: str, kind: str, parse: Callable[[Any], T
     except (FileNotFoundError, RunError):
         raise
     except (KeyError, ValueError) as error:
-        problem = f"no field {_short(error)}" if isinstance(error, KeyError) else str(error)
+        problem = f"no field {_short(error.args[0])}" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{folder}/{name}: damaged: {problem}") from error
     except OSError as error:
         raise RunError(f"{folder}/{name}: cannot be read: {error.strerror}") from error

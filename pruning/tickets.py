@@ -224,16 +224,22 @@ def find_ticket(url: str | Path) -> Ticket:
     parent, _, name = folder.url.rpartition("/")
     store, beginning = Folder(parent or "."), name.removesuffix(".json")
     if re.fullmatch(rf"[0-9a-f]{{{_SHORTEST_ID},64}}", beginning):
-        found = [
-            one for one in store.names() if STORED.fullmatch(one) and one.startswith(beginning)
-        ]
+        found = _beginning_with(store, beginning)
         if len(found) > 1:
             raise UserError(f"{folder}: {len(found)} tickets begin like that: give more of the id")
         if found:
-            return read_stored(store, found[0].removesuffix(".json"))
+            return read_stored(store, found[0])
     raise UserError(
         f"{folder}: no ticket here (a ticket is a folder with {INDEX}, or STORE/ID in a store)"
     )
+
+
+def _beginning_with(store: Folder, beginning: str) -> list[str]:
+    """The ids in a store that begin so. A whole id needs no listing: not all storages have one."""
+    if len(beginning) == 64:
+        return [beginning] if store.exists(f"{beginning}.json") else []
+    names = (STORED.fullmatch(name) for name in store.names())
+    return [match[1] for match in names if match and match[1].startswith(beginning)]
 
 
 def run_objects(run: Folder) -> Objects:
