@@ -1,5 +1,7 @@
 """`tombola bench threshold`: choosing the largest scores against other ways of doing so."""
 
+import contextlib
+import ctypes
 import gc
 import statistics
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pruning.select import select_largest
 
 Layers = dict[str, Tensor]
 _OURS, _SORT = "select_largest", "sort (open_lth)"
+_MOST_FOR_TORCH = 1 << 28  # topk and kthvalue take up to 24 bytes a score
 _LEGEND = "kept minus asked for; peak of memory beyond scores and result"
 
 
@@ -31,7 +34,7 @@ def bench_threshold(*, size: Size | None = None, as_json: bool) -> None:
         total = sum(score.numel() for score in scores.values())
         for label, density, fraction in (("dense", 1.0, 0.2), ("of 64 %", 0.64, 0.8)):
             alive = _survivors(scores, density)
-            count = round(sum(int(mask.sum()) for mask in alive.values()) * fraction)
+            count = round(sum(int(torch.count_nonzero(mask)) for mask in alive.values()) * fraction)
             work = f"{name} ({total / 1e6:.1f}M), {label}"
             result |= _compare(work, _ways(scores, alive, count, density), count, ROUNDS[name])
     if not as_json:
@@ -54,12 +57,14 @@ def _survivors(scores: Layers, density: float) -> Layers:
 def _ways(
     scores: Layers, alive: Layers, count: int, density: float
 ) -> dict[str, Callable[[], Layers]]:
-    return {
+    ways = {
         _OURS: lambda: select_largest(scores, count, None if density == 1 else alive),
         _SORT: lambda: _by_sort(scores, alive, count),
-        "torch.topk": lambda: _by_topk(scores, alive, count),
-        "torch.kthvalue": lambda: _by_kthvalue(scores, alive, count),
     }
+    if sum(score.numel() for score in scores.values()) < _MOST_FOR_TORCH:
+        ways["torch.topk"] = lambda: _by_topk(scores, alive, count)
+        ways["torch.kthvalue"] = lambda: _by_kthvalue(scores, alive, count)
+    return ways
 
 
 def _by_sort(scores: Layers, alive: Layers, count: int) -> Layers:
@@ -128,14 +133,21 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _kept_and_extra(way: Callable[[], Layers]) -> tuple[int, int | None]:
     """How many are kept, and the peak of memory beyond what was there and the result, in bytes."""
-    gc.collect()
+    _give_memory_back()
     before = _memory(peak=False)
     _forget_peak()
     masks = way()
     peak = _memory(peak=True)
-    kept = sum(int(mask.sum()) for mask in masks.values())
+    kept = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
     result = sum(mask.numel() for mask in masks.values())
     return kept, None if before is None or peak is None else max(0, peak - before - result)
+
+
+def _give_memory_back() -> None:
+    """What was freed but kept for later use would hide what a way takes."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_peak() -> None:
