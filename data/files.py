@@ -17,6 +17,8 @@ from data.errors import RunError, StoreError, UserError
 
 TEMPORARY = ".tmp"
 """ends the name of what is being written; after a crash it may stay"""
+_PATIENCE, _SLOWEST = 600.0, 100e3
+"""seconds, and bytes a second: an upload to a store that is slower is given up"""
 _TAGS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
 """what object stores call the mark of an object's content or time"""
 
@@ -140,7 +142,7 @@ class Folder:
         object store: one PUT, which is atomic there.
         """
         if not self.is_local:
-            self._fs.pipe_file(self._join(name), content)
+            self._fs.pipe_file(self._join(name), content, **self._patience(len(content)))
             return
         target = Path(self._join(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +167,8 @@ class Folder:
         uploaded, which is atomic there, and then removed.
         """
         if not self.is_local:
-            self._fs.put_file(str(path), self._join(name))
+            patience = self._patience(path.stat().st_size)
+            self._fs.put_file(str(path), self._join(name), **patience)
             path.unlink()
             return
         target = Path(self._join(name))
@@ -190,6 +193,10 @@ class Folder:
             shutil.rmtree(target)
         elif self._fs.exists(target):
             self._fs.rm(target, recursive=True)
+
+    def _patience(self, num_bytes: int) -> dict[str, float]:
+        """The time limit of an upload: s3fs has none where a server never answers a PUT."""
+        return {"timeout": _PATIENCE + num_bytes / _SLOWEST} if self._fs.async_impl else {}
 
     def _join(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
@@ -221,7 +228,8 @@ def _one_kind_of_error(url: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotImplementedError):
         raise
     except Exception as error:
-        raise StoreError(f"{url}: {type(error).__name__}: {error}") from error
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StoreError(f"{url}: {problem}") from error
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -140,10 +140,7 @@ class Ticket:
         return model
 
     def require_fit(self) -> None:
-        """Raises `RunError` unless masks and weights are of the shapes that the model has.
-
-        Raises `UserError` or `RunError` where there is no such model.
-        """
+        """Raises `RunError` unless masks and weights are of the shapes that the model has."""
         model = self._outline()
         shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
         for name, shape in self.stored_masks.shapes.items():
@@ -160,12 +157,10 @@ class Ticket:
         try:
             with torch.device("meta"):
                 return self.model.build()
-        except UserError:
-            raise
         except Exception as error:
-            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            problem, *_ = (str(error) or type(error).__name__).splitlines()
             where = f"ticket {self.id[:12]}"
-            raise RunError(f"{where}: its model cannot be built: {problem}") from error
+            raise RunError(f"{where}: its model cannot be built: {problem:.200}") from error
 
     def as_ancestor(self) -> Ancestor:
         """What descendants remember of this ticket."""

@@ -171,8 +171,8 @@ def _read_file(objects: Objects, stored: StoredWeights, file: WeightFile) -> dic
     except RunError:
         raise
     except Exception as error:  # SafetensorError, and what torch makes of a hostile header
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunError(f"{where}: damaged: {problem}") from error
+        problem, *_ = (str(error) or type(error).__name__).splitlines()
+        raise RunError(f"{where}: damaged: {problem:.200}") from error
     for name in file.tensors:
         if name not in tensors or StoredTensor.of(tensors[name]) != stored.tensors[name]:
             raise RunError(f"{where}: damaged: {name} is not what the ticket tells")

@@ -70,8 +70,10 @@ def reseal(index: dict[str, Any]) -> dict[str, Any]:
     if isinstance(identity, dict):
         masks, weights = index.get("masks"), index.get("weights")
         try:
-            tensors = {name: row["shape"] for name, row in masks["tensors"].items()}
-            identity["masks"] = _sha256({"tensors": tensors, "chunks": masks["chunks"]})
+            rows = masks["tensors"].items()
+            identity["masks"] = _sha256(
+                {name: {"shape": row["shape"], "chunks": row["chunks"]} for name, row in rows}
+            )
         except (TypeError, AttributeError, KeyError):
             pass
         try:
