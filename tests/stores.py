@@ -103,7 +103,9 @@ def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def replace(document: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Puts another value at a path of a JSON document."""
+    """Puts another value at a path of a JSON document. Raises `TypeError` where it is none."""
     for key in path[:-1]:
         document = document[key]
+    if isinstance(document, dict) != isinstance(path[-1], str):
+        raise TypeError(f"{path[-1]!r} is no key there")
     document[path[-1]] = value

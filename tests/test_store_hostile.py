@@ -71,6 +71,10 @@ def test_the_index_from_which_they_are_made_is_good() -> None:
 
 # Types --------------------------------------------------------------------------------------
 
+SOME = {"conv1.weight", "fc.weight", "norm1.num_batches_tracked"}
+PLACES = [p for p in paths(INDEX) if p[1:2] != ("tensors",) or not p[2:] or p[2] in SOME]
+PLACES = [p for p in PLACES if not any(type(key) is int and key > 1 for key in p)]
+"""every kind of field, once or twice"""
 RECOMPUTED = {("id",), ("sha256",), ("identity", "masks"), ("identity", "weights")}
 """by `reseal`"""
 WRONG = (None, -1, 1.5, "x", [], {}, True, 10**400, 1 << 60, "\ud800", "two\nlines", [[1]])
@@ -81,7 +85,7 @@ FREE = {("about", name) for name in ("config", "metrics", "timing", "versions")}
 def test_every_field_is_of_its_type(value: Any) -> None:
     """At every place of an index: refused in one line that names it, or it does no harm."""
     refused = 0
-    for path in paths(INDEX):
+    for path in PLACES:
         index = changed(path, value)
         place = written(index)
         line = refusal(lambda place=place: find_ticket(place))
@@ -94,10 +98,10 @@ def test_every_field_is_of_its_type(value: Any) -> None:
             assert "\n" not in line
             assert line.isprintable()
             assert len(line) < 500
-    assert refused > 0.8 * len(list(paths(INDEX)))
+    assert refused > 0.7 * len(PLACES)
 
 
-@pytest.mark.parametrize("path", list(paths(INDEX)), ids=lambda path: ".".join(map(str, path)))
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: ".".join(map(str, path)))
 def test_every_field_is_needed(path: tuple[Any, ...]) -> None:
     """Without any one of them: refused, but for what is told in free words or in lists."""
     index = copy.deepcopy(INDEX)
@@ -287,9 +291,9 @@ def test_a_huge_index_is_refused_unread(tmp_path: Path, monkeypatch: pytest.Monk
     path.touch()
     (tmp_path / "objects").mkdir()
     with open(path, "r+b") as file:
-        file.truncate((64 << 20) + 1)
+        file.truncate((16 << 20) + 1)
     monkeypatch.setattr(Folder, "read", lambda self, name: pytest.fail("reads it"))
-    with pytest.raises(RunError, match=r"\.json: damaged: larger than 64 MiB"):
+    with pytest.raises(RunError, match=r"\.json: damaged: larger than 16 MiB"):
         find_ticket(path)
 
 
