@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_ranks
+from states import state_of
 
 from data.errors import RunError
 from data.files import Folder
@@ -17,6 +18,7 @@ from train.checkpoint import Checkpoints
 from train.engine import Engine
 from train.ranks import ALONE
 from train.safe_dcp import read_tensors
+from train.state import TrainState
 
 STATE: dict[str, Any] = {
     "model": {"a.weight": torch.arange(6.0).view(2, 3), "a.count": torch.tensor(7)},
@@ -293,3 +295,40 @@ def test_what_one_rank_meets_is_raised_on_all(failing_rank: int, tmp_path: Path)
     """... by the next save at the latest, and nobody waits for ever."""
     assert run_ranks(2, full_disk_on_one, str(tmp_path), failing_rank) == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def trained(engine: Engine, *, steps: int) -> TrainState:
+    """A small network after that many steps, the same on each rank."""
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        model(torch.randn(8, 6)).square().sum().backward()
+        optimizer.step()
+    torch.manual_seed(engine.rank)
+    return state_of(engine, model, optimizer)
+
+
+def saves_a_training(folder: str) -> None:
+    engine = Engine()
+    with Checkpoints(Folder(folder), engine, keep=1) as checkpoints:
+        checkpoints.save(3, trained(engine, steps=3).state_dict())
+    engine.close()
+
+
+def loads_a_training(folder: str) -> None:
+    """... into a fresh one, which is then as the saved one was, but for the new ranks' RNG."""
+    engine = Engine()
+    state, expected = trained(engine, steps=0), trained(engine, steps=3)
+    state.load_state_dict(Checkpoints(Folder(folder), engine, keep=1).load(3))
+    for part in ("model", "optimizer"):
+        assert same(state.state_dict()[part], expected.state_dict()[part])
+    assert state.state_dict()["optimizer"]["state"]
+    engine.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_two_ranks_saved_is_loaded_by(world_size: int, tmp_path: Path) -> None:
+    """... one, two or three."""
+    assert run_ranks(2, saves_a_training, str(tmp_path)) == [0, 0]
+    assert run_ranks(world_size, loads_a_training, str(tmp_path)) == [0] * world_size

@@ -1,6 +1,7 @@
 """An interrupted run equals the uninterrupted one, bit for bit, wherever it was killed."""
 
 import functools
+import math
 import os
 import shutil
 import signal
@@ -82,6 +83,21 @@ def test_a_run_killed_on_several_ranks(
     assert codes == [KILLED] * world_size
     assert tombola(*words, world_size=world_size) == [0] * world_size
     assert_same_run(tmp_path / "tiny", whole(world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_run_killed_on_two_ranks_goes_on_on(world_size: int, tmp_path: Path) -> None:
+    """... fewer or more: it takes the steps that are left, and records each of them."""
+    config = write_config(tmp_path, TOML.replace("rounds = 2", "rounds = 1"))
+    words = ["run", config, "--root", str(tmp_path)]
+    assert run_ranks(2, killed_run, words, "a step", 29) == [KILLED] * 2
+    output = tmp_path / "out"
+    assert tombola(*words, world_size=world_size, output=output) == [0] * world_size
+    assert "goes on at step 24 of 39" in (tmp_path / "out.0").read_text()
+    lines = [line for line in facts(tmp_path / "tiny") if line["event"] == "train"]
+    seen = [line["step"] for line in lines if line["level"] == "level-00"]
+    assert seen == [*range(5, 39, 5), 39]
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,6 @@ class TrainState:
         self.sparsity.load_state_dict(state["sparsity"])
         self.loader.load_state_dict(state["loader"])
         self.step = int(state["progress"]["step"])
-        own = state["ranks"].get(str(self.rank))
+        own = state.get("ranks", {}).get(str(self.rank))
         if own is not None:
             load_rng_state(own["rng"], self.device)
