@@ -32,9 +32,10 @@ _MAY_CHANGE = (
     "data.on_bad",
     "data.prefetch",
     "data.threads",
+    "train.micro_batch",
     "train.timeout",
 )
-"""keys that change how a run is watched and saved, but nothing that it computes"""
+"""keys that change how a run is watched, saved and spread over devices, but not what it computes"""
 _NO_RESULTS = {
     "config.toml",
     "data.json",
