@@ -23,6 +23,11 @@ _TAGS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
 """what object stores call the mark of an object's content or time"""
 
 
+def torn_name(name: str) -> str:
+    """A new name for a file that is being written or removed; `TEMPORARY` says what it is."""
+    return f".{name}.{uuid.uuid4().hex}{TEMPORARY}"
+
+
 def fsync_folder(path: Path) -> None:
     """Makes a rename in `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -118,6 +123,10 @@ class Folder:
             return None
         return float((datetime.now(UTC) - modified.astimezone(UTC)).total_seconds())
 
+    def rename(self, name: str, other: str) -> None:
+        """Gives a local file another name, in place of what has it. Raises `FileNotFoundError`."""
+        os.replace(self._join(name), self._join(other))
+
     def touch(self, name: str) -> None:
         """Makes a local file as young as if it were written now."""
         os.utime(self._join(name))
@@ -146,7 +155,7 @@ class Folder:
             return
         target = Path(self._join(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        temporary = target.with_name(torn_name(target.name))
         try:
             with open(temporary, "wb") as file:
                 file.write(content)

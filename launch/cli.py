@@ -213,7 +213,8 @@ def run_command(words: list[str]) -> int:
             traceback.print_exc()
             return 1
         where = f": {error.filename}" if error.filename else ""
-        return _fail(error, f"error: {error.strerror}{where}; mend it, and {_SAVED}", 1)
+        advice = f"; mend it, and {_SAVED}" if words[:1] == ["run"] else ""
+        return _fail(error, f"error: {error.strerror}{where}{advice}", 1)
     except Exception:
         traceback.print_exc()
         return 1

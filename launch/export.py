@@ -4,6 +4,7 @@ import os
 
 from data.errors import UserError
 from data.files import Folder
+from launch.places import locate
 from pruning.exporting import Format, Subnetwork, export
 from pruning.importing import Origin, imported, store
 from pruning.onnx_model import require_packages
@@ -12,7 +13,14 @@ from train.models import ModelConfig, ModelSpec
 
 
 def export_ticket(
-    url: str, *, form: Format, output: str, trained: bool, image_size: int | None, force: bool
+    place: str,
+    *,
+    form: Format,
+    output: str,
+    trained: bool,
+    image_size: int | None,
+    force: bool,
+    root: str,
 ) -> None:
     """Writes a ticket's network to the file `output`, whole or not at all.
 
@@ -25,6 +33,7 @@ def export_ticket(
     folder, name = _place(output)
     if folder.exists(name) and not force:
         raise UserError(f"{output}: is there already; --force replaces it")
+    url = locate(place, root)
     content = export(_chosen(url, trained), form, image_size=image_size)
     folder.write(name, content)
     print(f"{output}: {url} as {form}, {len(content):,} bytes")

@@ -12,7 +12,7 @@ class Export:
     """Writes a ticket's network in a form that other tools read."""
 
     ticket: Positional[str]
-    """path or URL of a ticket: runs/digits-imp/imp/level-07"""
+    """a ticket: RUN/STAGE/LEVEL, STORE/ID, or a run, of which it is the sparsest"""
     form: Annotated[
         Literal["torch", "safetensors", "onnx", "pruning"], tyro.conf.arg(name="format")
     ]
@@ -27,6 +27,8 @@ class Export:
     """onnx: side of the images (default: that of timm's model, 32 for CIFAR networks)"""
     force: bool = False
     """replace a file that is there"""
+    root: str = "runs"
+    """folder or URL that holds the runs"""
 
     def __call__(self) -> None:
         from launch.export import export_ticket
@@ -38,6 +40,7 @@ class Export:
             trained=self.trained,
             image_size=self.image_size,
             force=self.force,
+            root=self.root,
         )
 
 

@@ -1,6 +1,7 @@
 """What a word on the command line names: a run, a store of tickets, or one ticket."""
 
 import contextlib
+from collections.abc import Sequence
 
 from data.errors import RunError, UserError, did_you_mean
 from data.files import Folder
@@ -10,6 +11,8 @@ from pruning.tickets import Ticket, find_ticket
 
 def find_tickets(place: str, root: str) -> Tickets:
     """A run or a store by path or URL, or a run by its name under `root`."""
+    if "://" in place:
+        return open_tickets(place)
     for candidate in _candidates(place, root):
         with contextlib.suppress(UserError):
             return open_tickets(candidate)
@@ -24,8 +27,16 @@ def find_one(place: str, root: str) -> Ticket:
 
     Raises `UserError` if there is none, `RunError` if it is damaged.
     """
+    return find_ticket(locate(place, root))
+
+
+def locate(place: str, root: str) -> str:
+    """Where `Ticket.load` finds what `find_one` gives. Raises as it does."""
     single = find_single(place, root)
-    return choose(find_tickets(place, root), None) if single is None else find_ticket(single)
+    if single is not None:
+        return single
+    tickets = find_tickets(place, root)
+    return f"{tickets.folder}/{choose(tickets, None).place}"
 
 
 def find_single(place: str, root: str) -> str | None:
@@ -44,21 +55,44 @@ def find_single(place: str, root: str) -> str | None:
 def choose(tickets: Tickets, name: str | None) -> Ticket:
     """One of several: by name, by stage and name, by the beginning of its id.
 
-    Without a name the sparsest of the last stage that has tickets. Raises `UserError`.
+    Without a name the sparsest of the last stage that has tickets. Damaged ones do not hinder
+    finding others. Raises `UserError`, or `RunError` where the one that is named is damaged.
     """
-    found = tickets.all()
-    if not found:
+    places = tickets.places()
+    if not places:
         raise UserError(f"{tickets.folder}: no finished ticket yet")
     if name is None:
-        if not isinstance(tickets, TicketFolder):
-            raise UserError(f"{tickets.folder}: name one of its {len(found)} tickets by its id")
-        last = [t for t in found if t.stage == found[-1].stage and not t.control]
-        return max(last or found, key=lambda t: t.level)
+        return _sparsest(tickets)
+    for place in places:
+        if place.endswith(f"/{name}"):
+            return find_ticket(place)
+    found = _readable(places)
     for ticket in found:
-        if name in (ticket.name, ticket.place) or (len(name) >= 6 and ticket.id.startswith(name)):
+        if len(name) >= 6 and ticket.id.startswith(name):
             return ticket
-    near = did_you_mean(name, [t.place for t in found])
+    near = did_you_mean(name, [ticket.place for ticket in found])
     raise UserError(f"{tickets.folder}: no ticket {name!r}{near}")
+
+
+def _sparsest(tickets: Tickets) -> Ticket:
+    found = _readable(tickets.places())
+    if not isinstance(tickets, TicketFolder):
+        raise UserError(f"{tickets.folder}: name one of its {len(found)} tickets by its id")
+    if not found:
+        raise RunError(
+            f"{tickets.folder}: all tickets are damaged: tombola tickets verify says how"
+        )
+    last = [t for t in found if t.stage == found[-1].stage and not t.control]
+    return max(last or found, key=lambda t: t.level)
+
+
+def _readable(places: Sequence[str]) -> list[Ticket]:
+    """The tickets whose indexes are whole."""
+    found = []
+    for place in places:
+        with contextlib.suppress(RunError, UserError):
+            found.append(find_ticket(place))
+    return found
 
 
 def _candidates(place: str, root: str) -> list[str]:

@@ -1,21 +1,22 @@
 """`tombola tickets verify`, `copy`, `diff` and `gc`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
-from data.errors import RunError, UserError
-from data.files import Folder
+from data.errors import RunError, StoreError, UserError
 from launch.places import find_one, find_single, find_tickets
 from launch.progress import WorkDisplay
 from pruning.overlap import Overlap, overlaps, total
-from pruning.store import TicketStore, collect, problem_of
+from pruning.store import collect, open_store, problem_of
 from pruning.tickets import find_ticket
 
 _HOUR = 3600.0
+_SHORTEST_ON_STORES = 2
 
 
 def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
@@ -23,6 +24,8 @@ def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
 
     Raises `RunError` where anything is wrong.
     """
+    if not places:
+        raise UserError("name a ticket, a run or a store: tombola tickets verify runs/digits-imp")
     found = [one for place in places for one in _tickets_at(place, root)]
     problems: dict[str, str | None] = {}
     with WorkDisplay() as progress:
@@ -43,19 +46,28 @@ def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
 
 def copy_tickets(source: str, target: str, *, root: str, as_json: bool) -> None:
     """Copies a ticket, or all of a run or a store, into a store; what is there is left as it is."""
-    store = TicketStore(Folder(target))
-    tickets = [find_ticket(one) for one in _tickets_at(source, root)]
+    store = open_store(target)
+    places = _tickets_at(source, root)
     copied: dict[str, bool] = {}
+    damaged: list[str] = []
     with WorkDisplay() as progress:
-        for done, ticket in enumerate(tickets):
-            progress("copying tickets", done, len(tickets))
-            copied[ticket.id] = store.add(ticket)
+        for done, place in enumerate(places):
+            progress("copying tickets", done, len(places))
+            try:
+                ticket = find_ticket(place)
+                copied[ticket.id] = store.add(ticket)
+            except StoreError:
+                raise
+            except RunError as error:
+                damaged.append(str(error))
     if as_json:
         print(json.dumps([{"id": one, "copied": new} for one, new in copied.items()], indent=1))
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    for one, new in copied.items():
-        console.print(f"{target.rstrip('/')}/{one}.json" + ("" if new else " was there"))
+    else:
+        console = Console(highlight=False, soft_wrap=True, markup=False)
+        for one, new in copied.items():
+            console.print(f"{target.rstrip('/')}/{one}.json" + ("" if new else " was there"))
+    if damaged:
+        raise RunError(f"{len(damaged)} of {len(places)} tickets not copied: {damaged[0]}")
 
 
 def diff_tickets(first: str, second: str, *, root: str, as_json: bool) -> None:
@@ -96,14 +108,21 @@ def diff_tickets(first: str, second: str, *, root: str, as_json: bool) -> None:
 
 def collect_garbage(place: str, *, hours: float, dry_run: bool, root: str, as_json: bool) -> None:
     """Removes objects that no ticket names."""
+    if not 0 <= hours < math.inf:
+        raise UserError(f"--hours {hours}: must be a number from 0")
     tickets = find_tickets(place, root)
+    if not tickets.folder.is_local and hours < _SHORTEST_ON_STORES:
+        raise UserError(
+            f"--hours {hours}: on an object store at least {_SHORTEST_ON_STORES}, since writers "
+            "rely on what is younger than an hour"
+        )
     found = collect(tickets, grace=hours * _HOUR, dry_run=dry_run)
     if as_json:
         print(json.dumps({"removed": [] if dry_run else found, "found": found}, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for name in found:
-        console.print(f"{tickets.objects.folder}/{name}")
+        console.print(name)
     verb = "would be removed" if dry_run else "removed"
     console.print(f"{len(found)} files that no ticket names {verb}")
 

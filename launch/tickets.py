@@ -8,7 +8,6 @@ from rich.table import Table
 
 from data.errors import RunError, UserError
 from launch.places import choose, find_one, find_tickets
-from launch.summary import accuracy
 from pruning.tickets import Ticket, find_ticket
 
 
@@ -29,13 +28,14 @@ def list_tickets(place: str, *, root: str, as_json: bool) -> None:
         if not isinstance(ticket, Ticket):
             table.add_row(one.rpartition("/")[2][:12], "damaged: tombola tickets verify says why")
             continue
+        reached = ticket.metrics.get("test", {}).get("accuracy")
         table.add_row(
             ticket.place,
             ticket.id[:8],
             (ticket.parent or "-")[:8],
             f"{ticket.density:.2%}",
             f"{ticket.stored_masks.num_kept:,}",
-            f"{accuracy(ticket):.4f}" if "test" in ticket.metrics else "-",
+            "-" if reached is None else f"{reached:.4f}",
         )
     Console().print(table)
 

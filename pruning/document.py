@@ -17,7 +17,7 @@ from data.files import Folder
 from pruning.packing import Shape, canonical
 
 VERSION = 2
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 16 << 20
 _MOST_WEIGHTS = 1 << 40
 _MOST_DIMENSIONS = 16
 _DEEPEST = 64

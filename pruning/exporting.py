@@ -33,6 +33,7 @@ class Subnetwork:
     @classmethod
     def at_start(cls, ticket: Ticket) -> "Subnetwork":
         """What the ticket is trained from. Raises `UserError` where it has no such weights."""
+        ticket.require_fit()
         return cls(ticket, ticket.weights())
 
     @classmethod
@@ -50,7 +51,9 @@ class Subnetwork:
                 "the folder of a level in its run"
             )
         state = Checkpoints(folder, ALONE, keep=1).load(last)
-        return cls(ticket, state["ema"] or state["model"], trained=True)
+        weights = state.get("ema") or state.get("model") or {}
+        ticket.require_fit(weights)
+        return cls(ticket, weights, trained=True)
 
     def build_model(self) -> nn.Module:
         """The network, masked weights zero."""

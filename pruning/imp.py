@@ -21,7 +21,7 @@ from torch import Tensor
 from data.errors import RunError, UserError
 from pruning.allocate import Scope, keep_count, prune_fraction, shuffle_layers
 from pruning.masks import Masks
-from pruning.program import Arm, train_ticket
+from pruning.program import Arm, masks_of, train_ticket
 from pruning.scores import magnitude
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
@@ -206,7 +206,7 @@ class _Imp:
     # Masks and weights -------------------------------------------------------------------
 
     def _masks(self, ticket: Ticket) -> Masks:
-        return ticket.read(self.session.engine).masks
+        return masks_of(self.tickets, ticket, self.session.engine)
 
     def _pruned(self, parent: Ticket) -> Masks:
         """The parent's masks, less its smallest final weights."""

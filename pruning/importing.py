@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ from data.files import Folder
 from pruning import open_lth
 from pruning.mask_store import write_masks
 from pruning.masks import Masks, prunable
-from pruning.store import TicketStore
+from pruning.store import open_store
 from pruning.tickets import Ticket, software_versions
 from pruning.weight_store import write_weights
 from train.models import ModelSpec
@@ -85,7 +86,7 @@ def imported(
 
 def store(parts: Imported, url: str) -> str:
     """Writes these parts as a ticket to the store at `url`; returns what `Ticket.load` takes."""
-    tickets = TicketStore(Folder(url))
+    tickets = open_store(url)
     objects = tickets.objects
     ticket = Ticket(
         method="imported",
@@ -99,7 +100,7 @@ def store(parts: Imported, url: str) -> str:
         versions=software_versions(),
     )
     tickets.add(ticket)
-    return f"{url}/{ticket.id}.json"
+    return f"{tickets.folder}/{ticket.id}.json"
 
 
 # Reading ---------------------------------------------------------------------------------
@@ -132,9 +133,21 @@ def read_state(url: str) -> dict[str, Tensor]:
 def _read(content: bytes, *, is_safetensors: bool) -> object:
     if is_safetensors:
         return safetensors.torch.load(content)
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        _refuse_inflated(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other pickle protocols, of checks that take long
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _refuse_inflated(content: bytes) -> None:
+    """Raises `ValueError` for an archive whose files are larger than it: torch packs nothing."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        files = archive.infolist()
+    if any(file.compress_type != zipfile.ZIP_STORED for file in files) or sum(
+        file.file_size for file in files
+    ) > len(content):
+        raise ValueError("its records are compressed, which torch.save never does")
 
 
 def _reason(error: Exception) -> str:

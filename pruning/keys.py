@@ -55,6 +55,8 @@ class Layers:
         if self.within is None:
             return self.size
         for name, score in self.scores.items():
+            if name not in self.within:
+                raise ValueError(f"no candidates are given for {name}")
             if self.within[name].shape != score.shape:
                 shapes = f"{tuple(self.within[name].shape)}, not {tuple(score.shape)}"
                 raise ValueError(f"the candidates of {name} have the shape {shapes}")

@@ -168,9 +168,9 @@ def read_masks(objects: Objects, stored: StoredMasks, ranks: Ranks = ALONE) -> M
     this machine's memory.
     """
     packing = stored.packing
-    require_memory(stored.size, f"masks of {stored.size:,} weights take as many bytes")
 
     def read() -> list[dict[int, bytes]]:
+        require_memory(stored.size, f"masks of {stored.size:,} weights take as many bytes")
         own = range(ranks.rank, len(stored.shards), ranks.world_size)
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(lambda index: _read_shard(objects, stored, index), own))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from data.errors import RunError, StoreError
-from data.files import TEMPORARY, Folder
+from data.files import TEMPORARY, Folder, torn_name
 
 _SUFFIX = ".safetensors"
 _FRESH = 3600.0
@@ -123,15 +123,36 @@ def is_torn(name: str) -> bool:
 
 def remove_old(folder: Folder, names: list[str], *, grace: float, dry_run: bool) -> list[str]:
     """Removes those of the files that are older than `grace` seconds; gives their names."""
-    removed = []
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            age = folder.age(name)
-            if age is not None and age >= grace:
-                removed.append(name)
-                if not dry_run:
-                    folder.remove(name)
-    return removed
+    return [
+        name
+        for name in names
+        if _is_old(folder, name, grace) and (dry_run or _remove_if_old(folder, name, grace))
+    ]
+
+
+def _is_old(folder: Folder, name: str, grace: float) -> bool:
+    try:
+        age = folder.age(name)
+    except FileNotFoundError:
+        return False
+    return age is not None and age >= grace
+
+
+def _remove_if_old(folder: Folder, name: str, grace: float) -> bool:
+    """Removes a file, locally unless `Objects.put` has just found it there and made it young."""
+    if not folder.is_local:
+        folder.remove(name)
+        return True
+    aside = torn_name(name)
+    try:
+        folder.rename(name, aside)
+    except FileNotFoundError:
+        return False
+    if not _is_old(folder, aside, grace):
+        folder.rename(aside, name)
+        return False
+    folder.remove(aside)
+    return True
 
 
 def require_memory(num_bytes: int, what: str) -> None:

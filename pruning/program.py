@@ -5,16 +5,19 @@ were chosen goes on with these masks, whatever choosing them again would give; a
 goes on from its newest checkpoint.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from data.errors import RunError, StoreError
 from pruning.fixed import FixedMasks
 from pruning.mask_store import read_masks, write_masks
 from pruning.masks import Masks
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket, software_versions
 from pruning.weight_store import StoredWeights
+from train.ranks import Ranks
 from train.schedule import Schedule
 from train.session import MakeSparsity, Outcome, Phase, Session, Start
 from train.state import Network
@@ -62,18 +65,19 @@ def train_ticket(
     with which the training ended. Raises `RunError` where the ranks come to different masks.
     """
     engine = session.engine
-    finished = engine.on_main(lambda: tickets.find(arm.stage, arm.name))
+    with _remedy(tickets, arm.stage, arm.name):
+        finished = engine.on_main(lambda: tickets.find(arm.stage, arm.name))
     if finished is not None:
         session.display.skip(arm.stop - arm.first_step)
         return finished
-    stored = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
-    if stored is None:
+    with _remedy(tickets, arm.stage, arm.name):
+        stored = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
+        chosen = None if stored is None else read_masks(tickets.objects, stored, engine)
+    if chosen is None:
         chosen = arm.masks()
         engine.require_same(chosen.digest(), f"the masks of {arm.stage}/{arm.name}")
         stored = write_masks(tickets.objects, chosen, engine)
         engine.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, stored))
-    else:
-        chosen = read_masks(tickets.objects, stored, engine)
     on_device, start = chosen.to(engine.device), arm.start()
     make = (make_sparsity or _fixed)(on_device)
     phase = Phase(
@@ -92,6 +96,26 @@ def train_ticket(
     engine.on_main(lambda: tickets.write(ticket))
     session.display.say(_line(ticket))
     return ticket
+
+
+def masks_of(tickets: TicketFolder, ticket: Ticket, ranks: Ranks) -> Masks:
+    """The masks of a ticket of the run, on every rank. Raises `RunError` with the remedy."""
+    with _remedy(tickets, ticket.stage, ticket.name):
+        return ticket.read(ranks).masks
+
+
+@contextlib.contextmanager
+def _remedy(tickets: TicketFolder, stage: str, name: str) -> Iterator[None]:
+    """To what is damaged adds how the run goes on."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except RunError as error:
+        folder = tickets.folder / f"{stage}/{name}"
+        advised = RunError(f"{error}; remove {folder} to train that level again")
+        vars(advised)["met_by_all"] = getattr(error, "met_by_all", False)
+        raise advised from error
 
 
 def _describe(

@@ -58,7 +58,8 @@ class TicketStore:
         self._whole: set[str] = set()
 
     def all(self) -> list[Ticket]:
-        return [read_stored(self.folder, ticket_id) for ticket_id in self._ids()]
+        found = (self._find(ticket_id) for ticket_id in self._ids())
+        return [ticket for ticket in found if ticket is not None]
 
     def places(self) -> list[str]:
         return [f"{self.folder}/{ticket_id}.json" for ticket_id in self._ids()]
@@ -83,6 +84,13 @@ class TicketStore:
                 self._whole.add(sha256)
         write_index(ticket, self.folder, f"{ticket.id}.json")
         return True
+
+    def _find(self, ticket_id: str) -> Ticket | None:
+        """A ticket, or `None` where it has gone since it was listed."""
+        try:
+            return read_stored(self.folder, ticket_id)
+        except FileNotFoundError:
+            return None
 
     def _has(self, ticket_id: str) -> bool:
         """Whether a ticket is here with all of its objects; each is read once, and no more."""
@@ -114,8 +122,11 @@ class TicketFolder:
 
     def find(self, stage: str, name: str) -> Ticket | None:
         """The ticket of that name, without bits, or `None` where it is not finished yet."""
+        return self._read(self.folder / f"{stage}/{name}")
+
+    def _read(self, level: Folder) -> Ticket | None:
         try:
-            return read_index(self.folder / f"{stage}/{name}", INDEX, self.objects)
+            return read_index(level, INDEX, self.objects)
         except FileNotFoundError:
             return None
 
@@ -136,7 +147,9 @@ class TicketFolder:
         write_document(folder, _CHOSEN, _CHOSEN_KIND, {"masks": masks.to_json()})
 
     def all(self) -> list[Ticket]:
-        return [read_index(folder, INDEX, self.objects) for folder in self._levels(INDEX)]
+        return [
+            ticket for level in self._levels(INDEX) if (ticket := self._read(level)) is not None
+        ]
 
     def places(self) -> list[str]:
         return [str(folder) for folder in self._levels(INDEX)]
@@ -165,6 +178,16 @@ def open_tickets(url: str) -> Tickets:
     if folder.exists("objects"):
         return TicketStore(folder)
     raise UserError(f"{folder}: neither a run nor a ticket store")
+
+
+def open_store(url: str) -> TicketStore:
+    """The store at a place, where tickets are to be written. Raises `UserError` for a run."""
+    folder = Folder(url)
+    if folder.exists("config.toml"):
+        raise UserError(
+            f"{folder}: is a run, which keeps its own tickets: name a folder for a store"
+        )
+    return TicketStore(folder)
 
 
 def objects_of(ticket: Ticket) -> dict[str, int]:

@@ -8,6 +8,7 @@ verified on loading; nothing goes through pickle. docs/formats.md specifies it.
 import hashlib
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
@@ -139,16 +140,21 @@ class Ticket:
         self.masks.project_(model)
         return model
 
-    def require_fit(self) -> None:
-        """Raises `RunError` unless masks and weights are of the shapes that the model has."""
+    def require_fit(self, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Raises `RunError` unless masks and weights are of the shapes that the model has.
+
+        The weights are those at `step`, or others that shall take their place.
+        """
         model = self._outline()
         shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
         for name, shape in self.stored_masks.shapes.items():
             if shapes.get(name) != shape:
                 raise RunError(f"ticket {self.id[:12]}: no weights {name} of {shape} in its model")
-        if self.stored_weights is None:
+        if weights is None and self.stored_weights is None:
             return
-        told = {name: tensor.shape for name, tensor in self.stored_weights.tensors.items()}
+        stored = {} if self.stored_weights is None else self.stored_weights.tensors
+        found = stored if weights is None else weights
+        told = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if told != {name: tuple(value.shape) for name, value in model.state_dict().items()}:
             raise RunError(f"ticket {self.id[:12]}: its weights are not those of its model")
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pruning.exporting import Subnetwork
 from pruning.importing import Imported, store
 from pruning.onnx_model import to_onnx
 from pruning.scores import magnitude
+from pruning.store import TicketStore
 from pruning.tickets import Ticket
 from train.checkpoint import Checkpoints
 from train.models import ModelSpec
@@ -342,3 +344,36 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert torch.equal(logits(names["model"], images), logits(expected, images))
     assert len(blocks) == 4
     assert names["model"].fc.weight_mask.any()
+
+
+def test_a_ticket_that_does_not_fit_its_model_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ticket may be anyone's: nothing is built of it before its shapes are compared."""
+    ticket = Ticket.load(write_ticket(tmp_path / "store"))
+    other = replace(ticket, model=ModelSpec("cifar_resnet8", 1 << 24, 1, {"width": 4}))
+    TicketStore(Folder(tmp_path / "other")).add(other)
+    words = ["export", str(tmp_path / f"other/{other.id}"), "--format", "torch"]
+    assert run_command([*words, "-o", str(tmp_path / "x.pt")]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ticket ")
+    assert printed.count("\n") == 1
+
+
+def test_a_run_is_exported_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the other commands take it: RUN/STAGE/LEVEL under --root, or the sparsest of the run."""
+    (tmp_path / "runs").mkdir()
+    root = str(tmp_path / "runs")
+    words = ["run", write_config(tmp_path), "--root", root, "--stages.imp.rounds", "1"]
+    assert run_command(words) == 0
+    for place in ("tiny", "tiny/imp/level-01"):
+        form = ["--format", "torch", "--trained", "--force", "-o", str(tmp_path / "x.pt")]
+        assert run_command(["export", place, "--root", root, *form]) == 0
+    capsys.readouterr()
+    level = tmp_path / "runs/tiny/imp/level-01"
+    (level / "masks.json").write_text("{")
+    (level / "ticket.json").unlink()
+    assert run_command(words) == 1
+    told = capsys.readouterr().err
+    assert "masks.json: damaged" in told
+    assert told.endswith(f"remove {level} to train that level again\n")

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -507,3 +508,28 @@ def test_masks_of_another_network_are_refused(
     torch.save(masks, tmp_path / "mask.pth")
     with pytest.raises(UserError, match=told):
         imported(str(tmp_path), "open-lth", SPEC)
+
+
+def test_an_archive_that_swells_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save stores its records as they are; a deflated one may hide gigabytes."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(_saved(pruned_state()))) as plain:
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+    (tmp_path / "a.pt").write_bytes(content.getvalue())
+    monkeypatch.setattr(torch, "load", lambda *words, **options: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"a\.pt: refused: .*its records are compressed"):
+        read_state(str(tmp_path / "a.pt"))
+
+
+def test_a_ticket_is_not_imported_into_a_run(tmp_path: Path) -> None:
+    """A run keeps its own tickets."""
+    (tmp_path / "config.toml").write_text("")
+    safetensors.torch.save_file(pruned_state(), tmp_path / "a.safetensors")
+    words = ["--from", "pruning", "--model", SPEC.name, "--num-classes", SPEC.num_classes]
+    words += ["--in-chans", SPEC.in_chans, "--width", 4]
+    assert run_import(tmp_path / "a.safetensors", *words, "-o", tmp_path) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "config.toml"]

@@ -15,7 +15,7 @@ from pruning.allocate import keep_top
 from pruning.masks import Masks
 from pruning.overlap import overlaps, total
 from pruning.scores import magnitude
-from pruning.store import TicketFolder
+from pruning.store import TicketFolder, collect
 from pruning.tickets import Ticket
 
 DAY = 24 * 3600
@@ -194,3 +194,58 @@ def test_places_where_there_is_nothing(run: Path, capsys: pytest.CaptureFixture[
     said(capsys, "copy", "tiny", str(run / "store"), "--root", root)
     assert "name one of its 3 tickets" in said(capsys, "show", str(run / "store"), code=2)
     assert "no ticket 'level-07'" in said(capsys, "show", str(run), "level-07", code=2)
+
+
+def test_a_damaged_ticket_does_not_hide_the_others(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """show finds the one that is named, copy takes the whole ones and then names the damaged."""
+    (run / "imp/level-02/ticket.json").write_text("{")
+    assert "imp/level-01" in said(capsys, "show", str(run), "imp/level-01")
+    assert "imp/level-01" in said(capsys, "show", str(run))
+    assert "ticket.json: damaged" in said(capsys, "show", str(run), "level-02", code=1)
+    printed = said(capsys, "copy", str(run), str(tmp_path / "store"), code=1)
+    assert "error: 1 of 3 tickets not copied" in printed
+    assert len(document(capsys, "list", str(tmp_path / "store"))) == 2
+
+
+def test_what_cannot_be_meant_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run as the target of a copy, no place to verify, impossible hours, an unknown protocol."""
+    before = sorted(run.rglob("*"))
+    line = said(capsys, "copy", str(run), str(run), code=2)
+    assert "is a run, which keeps its own tickets" in line
+    assert sorted(run.rglob("*")) == before
+    assert "name a ticket, a run or a store" in said(capsys, "verify", code=2)
+    for hours in ("-5", "nan", "inf"):
+        assert "must be a number from 0" in said(capsys, "gc", str(run), "--hours", hours, code=2)
+    said(capsys, "copy", str(run), "memory://short/store")
+    line = said(capsys, "gc", "memory://short/store", "--hours", "1", code=2)
+    assert "on an object store at least 2" in line
+    assert "foo://x: cannot be opened" in said(capsys, "list", "foo://x", code=2)
+
+
+def test_gc_gives_back_what_a_writer_has_just_relied_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer finds an old object between the look at its age and its removal: it stays."""
+    tickets = TicketFolder(Folder(run))
+    masks = Masks({"fc.weight": torch.ones(8, 8).bool()})
+    shard = make_ticket(run, masks=masks).stored_masks.shards[0]
+    path = run / f"tickets/objects/{shard.sha256}.safetensors"
+    os.utime(path, (path.stat().st_mtime - 2 * DAY,) * 2)
+    rename = Folder.rename
+
+    def after_a_writer(self: Folder, name: str, other: str) -> None:
+        if name == path.name:
+            make_ticket(run, masks=masks)
+        rename(self, name, other)
+
+    monkeypatch.setattr(Folder, "rename", after_a_writer)
+    assert collect(tickets, grace=DAY) == []
+    assert path.exists()
+    monkeypatch.undo()
+    os.utime(path, (path.stat().st_mtime - 2 * DAY,) * 2)
+    assert collect(tickets, grace=DAY) == [path.name]
+    assert [one for one in path.parent.iterdir() if one.name.endswith(".tmp")] == []

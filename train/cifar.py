@@ -132,7 +132,7 @@ def _initialise(model: nn.Module) -> None:
 
 def find_network(name: str) -> Callable[..., nn.Module] | None:
     """The constructor of `cifar_resnet20` or `cifar_vgg16`, without its depth; else `None`."""
-    match = re.fullmatch(r"cifar_(resnet|vgg)(\d+)", name)
+    match = re.fullmatch(r"cifar_(resnet|vgg)(\d{1,4})", name)
     if match is None:
         return None
     depth = int(match[2])

@@ -83,6 +83,7 @@ class ModelSpec:
                     if network is None
                     else network(**arguments)
                 )
-            except (TypeError, AttributeError) as error:
-                raise UserError(f"model {self.name}: {error}") from error
+            except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"model {self.name}: {reason}") from error
         return model
