@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from train.checkpoint import Checkpoints
 from train.engine import Engine
 from train.ranks import ALONE
 from train.safe_dcp import read_tensors
+from train.staging import Background
 from train.state import TrainState
 
 STATE: dict[str, Any] = {
@@ -264,6 +266,24 @@ def test_a_training_that_fails_gives_its_save_time(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not finite"):
         training()
     assert (tmp_path / "step-00000001/manifest.json").exists()
+
+
+def test_a_wait_that_was_interrupted_can_be_repeated() -> None:
+    """Ctrl-C while a save is under way: it is not taken for done."""
+    background, may_end = Background(), threading.Event()
+
+    def work() -> None:
+        may_end.wait(60)
+
+    background.start(work)
+    main = threading.main_thread().ident
+    assert main is not None
+    with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+        background.wait()
+    assert not background.wait(0.01)
+    may_end.set()
+    assert background.wait()
 
 
 def full_disk_on_one(folder: str, failing_rank: int) -> None:

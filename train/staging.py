@@ -37,32 +37,35 @@ class Background:
     """One piece of work at a time beside the caller, in a thread that no process waits for."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._done = threading.Event()
+        self._done.set()
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
         """Begins `work`; what was begun before must have been waited for."""
+        done = threading.Event()
 
         def run() -> None:
             try:
                 work()
             except BaseException as error:  # DCP's own is no Exception
                 self._error = error
+            finally:
+                done.set()
 
-        assert self._thread is None
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
+        assert self._done.is_set()
+        assert self._error is None
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        self._done = done
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits until the work is done, or for that long: whether it is done.
 
-        Raises what went wrong in it, once.
+        Raises what went wrong in it, once. An interrupted call can be repeated, which that of
+        `Thread.join` cannot on Python 3.11.
         """
-        if self._thread is not None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                return False
-            self._thread = None
+        if not self._done.wait(seconds):
+            return False
         error, self._error = self._error, None
         if error is not None:
             raise error
