@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from data.errors import RunError, StoreError
 from data.files import TEMPORARY, Folder, torn_name
+from data.workers import num_cpus
 
 _SUFFIX = ".safetensors"
+_REMOTE_THREADS = 8
 _FRESH = 3600.0
 """seconds; an older object on a store is written again, so that no `collect` takes it away now"""
 
@@ -19,6 +21,11 @@ class Objects:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+
+    @property
+    def num_threads(self) -> int:
+        """How many objects are best read at once: one a core, more where it is far."""
+        return num_cpus() if self.folder.is_local else _REMOTE_THREADS
 
     def file(self, digest: str) -> str:
         """The place of an object, for messages."""

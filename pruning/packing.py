@@ -42,9 +42,12 @@ class Packing:
         self.chunks: list[Chunk] = []
         """by the names of the tensors, then by their place in it"""
         self._first: dict[str, int] = {}
+        self._starts: dict[str, int] = {}
+        total = 0
         for name in sorted(self.shapes):
-            self._first[name] = len(self.chunks)
+            self._first[name], self._starts[name] = len(self.chunks), total
             num_bytes = self.num_bytes(name)
+            total += num_bytes
             for start in range(0, num_bytes, CHUNK_BYTES):
                 self.chunks.append(Chunk(name, start, min(start + CHUNK_BYTES, num_bytes)))
 
@@ -60,6 +63,10 @@ class Packing:
     def num_bytes(self, name: str) -> int:
         """How many bytes its bits take."""
         return (self.size(name) + 7) // 8
+
+    def start(self, name: str) -> int:
+        """How many bytes stand before those of a tensor, by the order of the names."""
+        return self._starts[name]
 
     def chunks_of(self, name: str, start: int = 0, stop: int | None = None) -> range:
         """The numbers of the chunks that hold the bytes `start` to `stop` of a tensor."""

@@ -22,7 +22,6 @@ from pruning.packing import Shape, canonical
 from train.ranks import ALONE, Ranks
 
 _FILE_BYTES = 64 << 20
-_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def read_weights(objects: Objects, stored: StoredWeights) -> dict[str, Tensor]:
     """
     num_bytes = sum(file.num_bytes for file in stored.files)
     require_memory(num_bytes, f"weights of {num_bytes:,} bytes take as many")
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(objects.num_threads) as pool:
         parts = list(pool.map(lambda file: _read_file(objects, stored, file), stored.files))
     tensors = {name: tensor for part in parts for name, tensor in part.items()}
     return {name: tensors[name] for name in stored.tensors}
