@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,25 @@ def test_what_one_rank_meets_is_raised_on_all(failing_rank: int, tmp_path: Path)
     """... by the next save at the latest, and nobody waits for ever."""
     assert run_ranks(2, full_disk_on_one, str(tmp_path), failing_rank) == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def hangs_on_one(hanging_rank: int, folder: str) -> None:
+    """The storage of one rank never answers: each rank ends in one line that says what to do."""
+    engine = Engine()
+    if engine.rank == hanging_rank:
+        Folder.digest = lambda *arguments: threading.Event().wait()  # type: ignore
+    checkpoints = Checkpoints(Folder(folder), engine, keep=1, timeout=1.0)
+    checkpoints.save(1, STATE)
+    remedy = "step-00000001: the save of step 1 hangs.*raise checkpoint.timeout"
+    with pytest.raises(RunError, match=f"(?s){remedy}"):
+        checkpoints.wait()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_storage_that_never_answers_ends_the_run(world_size: int, tmp_path: Path) -> None:
+    assert run_ranks(world_size, hangs_on_one, world_size - 1, str(tmp_path)) == [0] * world_size
 
 
 def trained(engine: Engine, *, steps: int) -> TrainState:

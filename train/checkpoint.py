@@ -11,6 +11,7 @@ writes the copy, and the ranks' threads agree through a process group of their o
 import copy
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -45,6 +46,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """go on training while a copy of the state is written; false where host memory has no room
     for the copy"""
+    timeout: float = 1800.0
+    """seconds after which a save that is not committed ends the run"""
 
     def __post_init__(self) -> None:
         check_durations(self, "every")
@@ -52,6 +55,8 @@ class CheckpointConfig:
             raise ValueError(f"minutes = {self.minutes}: must be above 0")
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}: must be at least 1")
+        if not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout = {self.timeout}: must be above 0, and finite")
 
 
 class Checkpoints:
@@ -68,11 +73,14 @@ class Checkpoints:
         *,
         keep: int,
         asynchronous: bool = True,
+        timeout: float = CheckpointConfig.timeout,
         say: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self._ranks, self._keep, self._asynchronous, self._say = ranks, keep, asynchronous, say
+        self._timeout = timeout
         self._savers: Ranks | None = None
+        self._saving: int | None = None
         self._staging, self._background = Staging(), Background()
 
     def __enter__(self) -> "Checkpoints":
@@ -102,8 +110,8 @@ class Checkpoints:
         """
         self.wait()
         if self._savers is None:
-            self._savers = self._ranks.apart()
-        savers = self._savers
+            self._savers = self._ranks.apart(timeout=self._timeout)
+        savers, self._saving = self._savers, step
         tensors, values = split_state(state)
         if not self._asynchronous:
             self._write(savers, step, tensors, values, kept)
@@ -112,8 +120,20 @@ class Checkpoints:
         self._background.start(lambda: self._write(savers, step, staged, fixed, kept))
 
     def wait(self) -> None:
-        """Waits until every save is committed. Raises, on all ranks, what hindered it."""
-        self._background.wait()
+        """Waits until every save is committed. Raises, on all ranks, what hindered it.
+
+        `RunError` where it takes longer than `timeout`, on this rank or on another.
+        """
+        if not self._background.wait(self._timeout):
+            raise self._late(f"not committed after {self._timeout:g} s")
+
+    def _late(self, problem: object) -> RunError:
+        problem = " ".join(str(problem).split())
+        where = f"{self.folder}/{_name(self._saving or 0)}"
+        return RunError(
+            f"{where}: the save of step {self._saving} hangs, or lost a rank: {problem}. See that "
+            "the storage answers on all ranks, or raise checkpoint.timeout; then run again"
+        )
 
     def latest(self, *, at_most: int | None = None) -> int | None:
         """The step of the newest valid checkpoint, up to a step; says which ones are damaged."""
@@ -148,6 +168,21 @@ class Checkpoints:
         kept: bool,
     ) -> None:
         """Commits a checkpoint, or raises on all ranks what one rank met."""
+        try:
+            self._commit(savers, step, tensors, values, kept)
+        except RuntimeError as error:
+            if savers.world_size == 1 or getattr(error, "met_by_all", False):
+                raise
+            raise self._late(error) from error  # the group's own
+
+    def _commit(
+        self,
+        savers: Ranks,
+        step: int,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+        kept: bool,
+    ) -> None:
         target = self.folder / _name(step)
         if savers.on_main(lambda: self._ready(step)):
             return

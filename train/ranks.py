@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data.errors import RunError
 
-_PATIENCE = timedelta(hours=12)
+_PATIENCE = 12 * 3600.0
+"""seconds"""
 T = TypeVar("T")
 
 
@@ -27,15 +28,15 @@ class Ranks:
         self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
         self._group = group
 
-    def apart(self) -> "Ranks":
-        """The same ranks in a gloo group of their own, which waits for hours.
+    def apart(self, *, timeout: float = _PATIENCE) -> "Ranks":
+        """The same ranks in a gloo group of their own, which waits for hours, or `timeout` seconds.
 
         What is called through it never mixes with what is called through another: for a thread
         beside the training, or where the others wait for long work of rank 0. To be closed.
         """
         if self.world_size == 1:
             return Ranks()
-        group = dist.new_group(timeout=_PATIENCE, backend="gloo")
+        group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return Ranks(self.rank, self.world_size, group)
 

@@ -193,6 +193,7 @@ class Session:
             self.engine,
             keep=self.settings.checkpoint.keep,
             asynchronous=self.settings.checkpoint.asynchronous,
+            timeout=self.settings.checkpoint.timeout,
             say=self.display.say,
         )
 
