@@ -6,23 +6,25 @@ import pickle
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from processes import run_ranks
 from states import state_of
 
-from data.errors import RunError
+from data.errors import RunError, StoreError
 from data.files import Folder
 from train.checkpoint import Checkpoints
 from train.engine import Engine
-from train.ranks import ALONE
+from train.ranks import ALONE, Ranks
 from train.safe_dcp import read_tensors
 from train.staging import Background
 from train.state import TrainState
 
+T = TypeVar("T")
 STATE: dict[str, Any] = {
     "model": {"a.weight": torch.arange(6.0).view(2, 3), "a.count": torch.tensor(7)},
     "optimizer": {"state": {}, "groups": {"0": {"lr": 0.1, "betas": [0.9, 0.95], "foreach": None}}},
@@ -207,6 +209,57 @@ def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_passed_over(
+    name: str,
+    checkpoints: Checkpoints,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """... with its checkpoint, like a damaged one; a store that is gone for a moment is not."""
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    error = OSError(errno.EIO, "Input/output error")
+
+    def failing(original: Any) -> Any:
+        def wrapper(self: Folder, file: str) -> Any:
+            if "step-00000002" in self.url and file == name:
+                raise error
+            return original(self, file)
+
+        return wrapper
+
+    for method in ("digest", "read"):
+        monkeypatch.setattr(Folder, method, failing(getattr(Folder, method)))
+    assert checkpoints.latest() == 1
+    printed = capsys.readouterr().out
+    assert f"step-00000002: {name} cannot be read: " in printed
+    assert "Input/output error" in printed
+    with pytest.raises(RunError, match=f"damaged checkpoint: {name} cannot be read"):
+        checkpoints.load(2)
+    error = StoreError("s3://bucket: no answer")
+    with pytest.raises(StoreError, match="no answer"):
+        checkpoints.latest()
+
+
+class Asked(Ranks):
+    """Notes how patiently each answer of rank 0 is waited for."""
+
+    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
+        self.patience = [*getattr(self, "patience", []), patient]
+        return super().on_main(action)
+
+
+def test_the_other_ranks_wait_while_rank_0_reads_all_files(tmp_path: Path) -> None:
+    """Checksums of a large checkpoint take longer than a step may."""
+    save(Checkpoints(Folder(tmp_path), ALONE, keep=1), 1)
+    ranks = Asked()
+    checkpoints = Checkpoints(Folder(tmp_path), ranks, keep=1)
+    checkpoints.latest()
+    checkpoints.load(1)
+    assert ranks.patience == [True, True]
+
+
 def test_the_newest_is_asked_for_up_to_a_step(checkpoints: Checkpoints) -> None:
     """A phase never begins beyond its own end."""
     for step in (4, 8):
@@ -279,9 +332,14 @@ def test_a_wait_that_was_interrupted_can_be_repeated() -> None:
     background.start(work)
     main = threading.main_thread().ident
     assert main is not None
-    with pytest.raises(KeyboardInterrupt):
-        threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+    interruption = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+
+    def interrupted() -> None:
+        interruption.start()
         background.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not background.wait(0.01)
     may_end.set()
     assert background.wait()

@@ -8,18 +8,19 @@ A save stops the training for as long as its state takes to be copied in host me
 writes the copy, and the ranks' threads agree through a process group of their own.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from data.errors import RunError
+from data.errors import RunError, StoreError
 from data.files import Folder
 from train.duration import check_durations
 from train.nested import join_state, split_state
@@ -152,7 +153,7 @@ class Checkpoints:
         """
         self.wait()
         try:
-            manifest = self._ranks.on_main(lambda: self._verify(step))
+            manifest = self._ranks.on_main(lambda: self._verify(step), patient=True)
         except ValueError as error:
             raise self._damaged(step, error) from error
         return self._read(step, manifest)
@@ -234,7 +235,7 @@ class Checkpoints:
                     skipped.append(f"{self.folder}/{_name(step)}: {error}")
             return None, skipped
 
-        newest, skipped = self._ranks.on_main(find)
+        newest, skipped = self._ranks.on_main(find, patient=True)
         for what in skipped:
             self._say(f"damaged checkpoint passed over: {what}")
         return newest
@@ -278,20 +279,22 @@ class Checkpoints:
     def _verify(self, step: int) -> dict[str, Any]:
         """The manifest of a whole checkpoint. Raises `ValueError` naming what is wrong."""
         target = self.folder / _name(step)
-        try:
-            manifest: dict[str, Any] = target.read_json(_MANIFEST)
-        except FileNotFoundError:
-            raise ValueError("not whole: a save was interrupted") from None
+        with _readable(_MANIFEST):
+            try:
+                manifest: dict[str, Any] = target.read_json(_MANIFEST)
+            except FileNotFoundError:
+                raise ValueError("not whole: a save was interrupted") from None
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise ValueError(f"{_MANIFEST}: not of format {_FORMAT}")
         digest = manifest.pop("sha256", None)
         if digest != _digest(manifest):
             raise ValueError(f"{_MANIFEST} does not match its checksum")
         for name, digest in manifest["files"].items():
-            if "/" in name or not target.exists(name):
-                raise ValueError(f"{name} is missing")
-            if target.digest(name) != digest:
-                raise ValueError(f"{name} does not match its checksum")
+            with _readable(name):
+                if "/" in name or not target.exists(name):
+                    raise ValueError(f"{name} is missing")
+                if target.digest(name) != digest:
+                    raise ValueError(f"{name} does not match its checksum")
         return manifest
 
     def _delete_old(self) -> None:
@@ -308,6 +311,17 @@ class Checkpoints:
                     rolling.append(step)
         for step in rolling[: -self._keep]:
             self._delete(step)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """A local file that cannot be read is a damaged one; a store that fails is no fault of it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def _name(step: int) -> str:
