@@ -1,6 +1,8 @@
 """Checkpoints: whole or nothing, no foreign code, what is kept stays; saved beside the training."""
 
 import errno
+import hashlib
+import json
 import os
 import pickle
 import signal
@@ -17,7 +19,7 @@ from states import state_of
 
 from data.errors import RunError, StoreError
 from data.files import Folder
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, _digest
 from train.engine import Engine
 from train.ranks import ALONE, Ranks
 from train.safe_dcp import read_tensors
@@ -136,6 +138,82 @@ def test_a_damaged_manifest_is_no_manifest(
     save(checkpoints, 2)
     (tmp_path / "step-00000002/manifest.json").write_bytes(manifest)
     assert checkpoints.latest() == 1
+
+
+def reseal(folder: Path, **fields: Any) -> None:
+    """Changes fields of a manifest, `...` removes one, and makes its checksums right again."""
+    path = folder / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **fields}
+    manifest.pop("sha256")
+    manifest = {key: value for key, value in manifest.items() if value is not ...}
+    path.write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"format": True},
+        {"step": 1},
+        {"step": ...},
+        {"kept": "no"},
+        {"world_size": "8"},
+        {"world_size": 0},
+        {"files": []},
+        {"files": ...},
+        {"files": {}},
+        {"files": {".metadata": 3}},
+        {"values": []},
+        {"values": ...},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_shape_is_damaged(
+    fields: dict[str, Any], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Though its checksum is right: a field of another type, or that of another step."""
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    reseal(tmp_path / "step-00000002", **fields)
+    assert checkpoints.latest() == 1
+    with pytest.raises(RunError, match=r"damaged checkpoint: manifest\.json"):
+        checkpoints.load(2)
+
+
+def larger(metadata: Any) -> None:
+    next(iter(metadata.state_dict_metadata.values())).size = torch.Size([1 << 50])
+
+
+def negative(metadata: Any) -> None:
+    next(iter(metadata.state_dict_metadata.values())).size = torch.Size([-4])
+
+
+def without_tensors(metadata: Any) -> None:
+    metadata.state_dict_metadata = [1]
+
+
+def without_files(metadata: Any) -> None:
+    metadata.storage_data = {}
+
+
+def of_numbers(metadata: Any) -> None:
+    metadata.storage_data = {1: 2}
+
+
+@pytest.mark.parametrize("change", [larger, negative, without_tensors, without_files, of_numbers])
+def test_metadata_that_tell_another_story_are_damaged(
+    change: Callable[[Any], None], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """... though the checksums are right; nothing is allocated for what no file can hold."""
+    save(checkpoints, 1)
+    folder = tmp_path / "step-00000001"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    content = pickle.dumps(metadata)
+    (folder / ".metadata").write_bytes(content)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    reseal(folder, files={**files, ".metadata": hashlib.sha256(content).hexdigest()})
+    with pytest.raises(RunError, match="step-00000001: damaged checkpoint: "):
+        checkpoints.load(1)
 
 
 class Bomb:

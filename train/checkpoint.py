@@ -30,6 +30,14 @@ from train.staging import Background, Staging
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_FIELDS = {
+    "format": int,
+    "step": int,
+    "kept": bool,
+    "world_size": int,
+    "files": dict,
+    "values": dict,
+}
 _GRACE = 30.0
 """seconds that a training which failed gives to a save that is under way"""
 
@@ -289,6 +297,9 @@ class Checkpoints:
         digest = manifest.pop("sha256", None)
         if digest != _digest(manifest):
             raise ValueError(f"{_MANIFEST} does not match its checksum")
+        problem = _problem(manifest, step)
+        if problem:
+            raise ValueError(f"{_MANIFEST}: {problem}")
         for name, digest in manifest["files"].items():
             with _readable(name):
                 if "/" in name or not target.exists(name):
@@ -326,6 +337,21 @@ def _readable(name: str) -> Iterator[None]:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _problem(manifest: dict[str, Any], step: int) -> str:
+    """What is not as a save of `step` writes it; empty where nothing is."""
+    for key, kind in _FIELDS.items():
+        if type(manifest.get(key)) is not kind:
+            return f"{key} is not of type {kind.__name__}"
+    if manifest["step"] != step:
+        return f"of step {manifest['step']}"
+    if manifest["world_size"] < 1:
+        return f"world_size is {manifest['world_size']}"
+    files = manifest["files"]
+    if ".metadata" not in files or not all(isinstance(digest, str) for digest in files.values()):
+        return "files does not name the checksum of each file"
+    return ""
 
 
 def _digest(manifest: dict[str, Any]) -> str:

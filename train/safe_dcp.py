@@ -6,6 +6,7 @@ are read, which DCP itself loads with `weights_only=True`.
 """
 
 import contextlib
+import math
 import pathlib
 import pickle
 import warnings
@@ -21,7 +22,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from data.errors import RunError
+from data.errors import RunError, StoreError
+from data.files import Folder
 from train.ranks import Ranks
 
 try:
@@ -71,8 +73,9 @@ def read_metadata(file: IO[bytes]) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise ValueError("unreadable metadata: not a checkpoint's")
     for info in (metadata.storage_data or {}).values():
-        if PurePosixPath(info.relative_path).name != info.relative_path:
-            raise ValueError(f"file outside of the checkpoint: {info.relative_path}")
+        path = getattr(info, "relative_path", None)
+        if not isinstance(path, str) or path == ".." or PurePosixPath(path).name != path:
+            raise ValueError(f"file outside of the checkpoint: {path}")
     return metadata
 
 
@@ -155,16 +158,39 @@ def read_tensors(url: str, *, is_local: bool, skip: tuple[str, ...] = ()) -> dic
 
     Raises `ValueError` where the checkpoint is damaged or holds anything but tensors.
     """
-    reader = _LocalReader(url) if is_local else _RemoteReader(url, use_listings_cache=False)
-    wanted: dict[str, Tensor] = {}
-    for name, item in reader.read_metadata().state_dict_metadata.items():
-        if not isinstance(item, TensorStorageMetadata):
-            raise ValueError(f"{name} is not a tensor")
-        if not name.startswith(skip):
-            wanted[name] = torch.empty(item.size, dtype=item.properties.dtype)
     try:
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
+        return _read_tensors(url, is_local, skip)
+    except (ValueError, StoreError, MemoryError):
+        raise
     except dcp.CheckpointException as error:
         cause = error.failures[min(error.failures)][0]
         raise ValueError(f"cannot be read: {cause}") from error
+    except Exception as error:  # what DCP meets in a foreign description may be anything
+        raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_tensors(url: str, is_local: bool, skip: tuple[str, ...]) -> dict[str, Tensor]:
+    reader = _LocalReader(url) if is_local else _RemoteReader(url, use_listings_cache=False)
+    described: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    _require_room(described, Folder(url))
+    wanted = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in described.items()
+        if not name.startswith(skip)
+    }
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
     return wanted
+
+
+def _require_room(described: dict[str, Any], folder: Folder) -> None:
+    """Raises `ValueError` unless all are tensors, and the files large enough to hold them."""
+    num_bytes = 0
+    for name, item in described.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise ValueError(f"{name} is not a tensor")
+        if any(length < 0 for length in item.size):
+            raise ValueError(f"{name} is of shape {tuple(item.size)}")
+        num_bytes += math.prod(item.size) * item.properties.dtype.itemsize
+    available = sum(folder.size(name) for name in folder.names())
+    if num_bytes > available:
+        raise ValueError(f"tensors of {num_bytes} bytes in files of {available} bytes")
