@@ -473,6 +473,34 @@ def test_a_storage_that_never_answers_ends_the_run(world_size: int, tmp_path: Pa
     assert run_ranks(world_size, hangs_on_one, world_size - 1, str(tmp_path)) == [0] * world_size
 
 
+class Unpicklable(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+        self.lock = threading.Lock()
+
+
+def fails_on_main() -> None:
+    def action() -> None:
+        raise Unpicklable("a", "b")
+
+    engine = Engine()
+    for way in (engine.on_main, engine.together):
+        with pytest.raises(RunError, match="Unpicklable: a and b"):
+            way(action)
+    engine.close()
+
+
+def test_an_error_that_cannot_be_sent_is_told() -> None:
+    """... to the other ranks by its text; alone it stays as it is."""
+    assert run_ranks(2, fails_on_main) == [0, 0]
+
+    def action() -> None:
+        raise Unpicklable("a", "b")
+
+    with pytest.raises(Unpicklable):
+        ALONE.on_main(action)
+
+
 def trained(engine: Engine, *, steps: int) -> TrainState:
     """A small network after that many steps, the same on each rank."""
     torch.manual_seed(5)

@@ -4,6 +4,7 @@ Everything here is collective: all ranks call it, in the same order. An error th
 is raised on all of them, so that nobody waits for a rank that has left.
 """
 
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -78,7 +79,7 @@ class Ranks:
                 return ranks.on_main(action)
             finally:
                 ranks.close()
-        outcome = _attempt(action) if self.is_main else [None, None]
+        outcome = self._attempt(action) if self.is_main else [None, None]
         if self.world_size > 1:
             device = torch.device("cpu")
             dist.broadcast_object_list(outcome, 0, group=self._group, device=device)
@@ -86,7 +87,7 @@ class Ranks:
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """What `action` gives on each rank, in rank order, on every rank."""
-        outcomes = self.gather(_attempt(action))
+        outcomes = self.gather(self._attempt(action))
         failed = [outcome for outcome in outcomes if outcome[1] is not None]
         if failed:
             _result(failed[0])
@@ -99,16 +100,24 @@ class Ranks:
             described = ", ".join(f"rank {rank}: {v[:12]}" for rank, v in enumerate(values))
             raise RunError(f"{what} differ between the ranks ({described}); the run stops here")
 
+    def _attempt(self, action: Callable[[], Any]) -> list[Any]:
+        """The result and no error, or none and the error, as the other ranks can be told it."""
+        try:
+            return [action(), None]
+        except Exception as error:
+            return [None, error if self.world_size == 1 else _told(error)]
+
 
 ALONE = Ranks()
 
 
-def _attempt(action: Callable[[], Any]) -> list[Any]:
-    """The result and no error, or none and the error."""
+def _told(error: Exception) -> Exception:
+    """The error, or a `RunError` with its text where it does not survive pickling."""
     try:
-        return [action(), None]
-    except Exception as error:
-        return [None, error]
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _result(outcome: list[Any]) -> Any:
