@@ -23,6 +23,15 @@ _TAGS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
 """what object stores call the mark of an object's content or time"""
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, durably."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_folder(path.parent)
+
+
 def torn_name(name: str) -> str:
     """A new name for a file that is being written or removed; `TEMPORARY` says what it is."""
     return f".{name}.{uuid.uuid4().hex}{TEMPORARY}"
@@ -154,7 +163,7 @@ class Folder:
             self._fs.pipe_file(self._join(name), content, **self._patience(len(content)))
             return
         target = Path(self._join(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary = target.with_name(torn_name(target.name))
         try:
             with open(temporary, "wb") as file:
@@ -181,7 +190,7 @@ class Folder:
             path.unlink()
             return
         target = Path(self._join(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         os.replace(path, target)
@@ -194,6 +203,11 @@ class Folder:
     def make(self) -> None:
         """Makes the folder, where the storage knows folders."""
         self._fs.makedirs(self._path, exist_ok=True)
+
+    def sync(self) -> None:
+        """Makes the names in a local folder durable; stores need no such thing."""
+        if self.is_local:
+            fsync_folder(Path(self._path))
 
     def remove(self, name: str = "") -> None:
         """Removes a file, or a folder with all that is in it, if it is there."""

@@ -19,8 +19,9 @@ from states import state_of
 
 from data.errors import RunError, StoreError
 from data.files import Folder
-from train.checkpoint import Checkpoints, _digest
+from train.checkpoint import Checkpoints
 from train.engine import Engine
+from train.manifest import manifest_digest
 from train.ranks import ALONE, Ranks
 from train.safe_dcp import read_tensors
 from train.staging import Background
@@ -146,7 +147,7 @@ def reseal(folder: Path, **fields: Any) -> None:
     manifest = {**json.loads(path.read_text()), **fields}
     manifest.pop("sha256")
     manifest = {key: value for key, value in manifest.items() if value is not ...}
-    path.write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
 
 
 @pytest.mark.parametrize(

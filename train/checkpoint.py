@@ -8,36 +8,24 @@ A save stops the training for as long as its state takes to be copied in host me
 writes the copy, and the ranks' threads agree through a process group of their own.
 """
 
-import contextlib
 import copy
-import hashlib
-import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from data.errors import RunError, StoreError
+from data.errors import RunError
 from data.files import Folder
 from train.duration import check_durations
+from train.manifest import MANIFEST, read_manifest, write_manifest
 from train.nested import join_state, split_state
 from train.ranks import Ranks
 from train.safe_dcp import read_tensors, write_tensors
 from train.staging import Background, Staging
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
-_FIELDS = {
-    "format": int,
-    "step": int,
-    "kept": bool,
-    "world_size": int,
-    "files": dict,
-    "values": dict,
-}
 _GRACE = 30.0
 """seconds that a training which failed gives to a save that is under way"""
 
@@ -161,7 +149,9 @@ class Checkpoints:
         """
         self.wait()
         try:
-            manifest = self._ranks.on_main(lambda: self._verify(step), patient=True)
+            manifest = self._ranks.on_main(
+                lambda: read_manifest(self.folder / _name(step), step), patient=True
+            )
         except ValueError as error:
             raise self._damaged(step, error) from error
         return self._read(step, manifest)
@@ -205,15 +195,17 @@ class Checkpoints:
         all_values = _merge(savers.gather(values))
 
         def commit() -> None:
-            manifest: dict[str, Any] = {
-                "format": _FORMAT,
-                "step": step,
-                "kept": kept,
-                "world_size": savers.world_size,
-                "files": {**_merge(digests), ".metadata": target.digest(".metadata")},
-                "values": all_values,
-            }
-            target.write_json(_MANIFEST, {**manifest, "sha256": _digest(manifest)})
+            write_manifest(
+                target,
+                {
+                    "step": step,
+                    "kept": kept,
+                    "world_size": savers.world_size,
+                    "files": {**_merge(digests), ".metadata": target.digest(".metadata")},
+                    "values": all_values,
+                },
+            )
+            self.folder.sync()
             self._delete_old()
 
         savers.on_main(commit)
@@ -238,7 +230,7 @@ class Checkpoints:
             steps = [step for step in self._steps() if at_most is None or step <= at_most]
             for step in reversed(steps):
                 try:
-                    return (step, self._verify(step)), skipped
+                    return (step, read_manifest(self.folder / _name(step), step)), skipped
                 except ValueError as error:
                     skipped.append(f"{self.folder}/{_name(step)}: {error}")
             return None, skipped
@@ -273,7 +265,7 @@ class Checkpoints:
         if not target.exists():
             return False
         try:
-            self._verify(step)
+            read_manifest(self.folder / _name(step), step)
         except ValueError:
             self._delete(step)
             return False
@@ -281,38 +273,14 @@ class Checkpoints:
 
     def _delete(self, step: int) -> None:
         target = self.folder / _name(step)
-        target.remove(_MANIFEST)  # the mark first: half a checkpoint is never taken for a whole one
+        target.remove(MANIFEST)  # the mark first: half a checkpoint is never taken for a whole one
         target.remove()
-
-    def _verify(self, step: int) -> dict[str, Any]:
-        """The manifest of a whole checkpoint. Raises `ValueError` naming what is wrong."""
-        target = self.folder / _name(step)
-        with _readable(_MANIFEST):
-            try:
-                manifest: dict[str, Any] = target.read_json(_MANIFEST)
-            except FileNotFoundError:
-                raise ValueError("not whole: a save was interrupted") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-            raise ValueError(f"{_MANIFEST}: not of format {_FORMAT}")
-        digest = manifest.pop("sha256", None)
-        if digest != _digest(manifest):
-            raise ValueError(f"{_MANIFEST} does not match its checksum")
-        problem = _problem(manifest, step)
-        if problem:
-            raise ValueError(f"{_MANIFEST}: {problem}")
-        for name, digest in manifest["files"].items():
-            with _readable(name):
-                if "/" in name or not target.exists(name):
-                    raise ValueError(f"{name} is missing")
-                if target.digest(name) != digest:
-                    raise ValueError(f"{name} does not match its checksum")
-        return manifest
 
     def _delete_old(self) -> None:
         rolling = []
         for step in self._steps():
             try:
-                manifest = (self.folder / _name(step)).read_json(_MANIFEST)
+                manifest = (self.folder / _name(step)).read_json(MANIFEST)
             except FileNotFoundError:
                 self._delete(step)  # what an interrupted save left
             except (OSError, ValueError):
@@ -324,38 +292,8 @@ class Checkpoints:
             self._delete(step)
 
 
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """A local file that cannot be read is a damaged one; a store that fails is no fault of it."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _problem(manifest: dict[str, Any], step: int) -> str:
-    """What is not as a save of `step` writes it; empty where nothing is."""
-    for key, kind in _FIELDS.items():
-        if type(manifest.get(key)) is not kind:
-            return f"{key} is not of type {kind.__name__}"
-    if manifest["step"] != step:
-        return f"of step {manifest['step']}"
-    if manifest["world_size"] < 1:
-        return f"world_size is {manifest['world_size']}"
-    files = manifest["files"]
-    if ".metadata" not in files or not all(isinstance(digest, str) for digest in files.values()):
-        return "files does not name the checksum of each file"
-    return ""
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _merge(values: list[dict[str, Any]]) -> dict[str, Any]:
