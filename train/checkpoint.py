@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,6 +54,15 @@ class CheckpointConfig:
             raise ValueError(f"keep = {self.keep}: must be at least 1")
         if not 0 < self.timeout <= threading.TIMEOUT_MAX:
             raise ValueError(f"timeout = {self.timeout}: must be above 0, and finite")
+
+
+class _Save(NamedTuple):
+    """What one rank saves."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    kept: bool
 
 
 class Checkpoints:
@@ -111,10 +120,10 @@ class Checkpoints:
         savers, self._saving = self._savers, step
         tensors, values = split_state(state)
         if not self._asynchronous:
-            self._write(savers, step, tensors, values, kept)
+            self._write(savers, _Save(step, tensors, values, kept))
             return
-        staged, fixed = self._staging.copy(tensors), copy.deepcopy(values)
-        self._background.start(lambda: self._write(savers, step, staged, fixed, kept))
+        copied = _Save(step, self._staging.copy(tensors), copy.deepcopy(values), kept)
+        self._background.start(lambda: self._write(savers, copied))
 
     def wait(self) -> None:
         """Waits until every save is committed. Raises, on all ranks, what hindered it.
@@ -158,48 +167,34 @@ class Checkpoints:
 
     # Writing, in the thread --------------------------------------------------------------
 
-    def _write(
-        self,
-        savers: Ranks,
-        step: int,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
-        kept: bool,
-    ) -> None:
+    def _write(self, savers: Ranks, save: _Save) -> None:
         """Commits a checkpoint, or raises on all ranks what one rank met."""
         try:
-            self._commit(savers, step, tensors, values, kept)
+            self._commit(savers, save)
         except RuntimeError as error:
             if savers.world_size == 1 or getattr(error, "met_by_all", False):
                 raise
             raise self._late(error) from error  # the group's own
 
-    def _commit(
-        self,
-        savers: Ranks,
-        step: int,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
-        kept: bool,
-    ) -> None:
-        target = self.folder / _name(step)
-        if savers.on_main(lambda: self._ready(step)):
+    def _commit(self, savers: Ranks, save: _Save) -> None:
+        target = self.folder / _name(save.step)
+        if savers.on_main(lambda: self._ready(save.step)):
             return
-        write_tensors(tensors, target.location, savers, is_local=target.is_local)
+        write_tensors(save.tensors, target.location, savers, is_local=target.is_local)
 
         def own_digests() -> dict[str, str]:
             own = [name for name in target.names() if name.startswith(f"__{savers.rank}_")]
             return {name: target.digest(name) for name in own}
 
         digests = savers.together(own_digests)
-        all_values = _merge(savers.gather(values))
+        all_values = _merge(savers.gather(save.values))
 
         def commit() -> None:
             write_manifest(
                 target,
                 {
-                    "step": step,
-                    "kept": kept,
+                    "step": save.step,
+                    "kept": save.kept,
                     "world_size": savers.world_size,
                     "files": {**_merge(digests), ".metadata": target.digest(".metadata")},
                     "values": all_values,
