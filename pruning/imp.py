@@ -156,7 +156,7 @@ class _Imp:
             masks=lambda: self._pruned(parent),
             start=self._rewound if rewinds else lambda: self._final(parent),
             first_step=self.start_step,
-            weights=lambda start: self._store(start.weights) if rewinds else None,
+            weights=lambda start: self._dense_ticket.stored_weights if rewinds else None,
             parent=parent,
             **self._common("imp", level),
         )
@@ -165,6 +165,7 @@ class _Imp:
         return self._train(arm)
 
     def _control(self, control: Control, ticket: Ticket) -> Ticket:
+        fresh_start = control == "reinit"
         seed = self.session.seed("imp", control, ticket.level)
         masks: dict[Control, Callable[[], Masks]] = {
             "random": lambda: shuffle_layers(self._masks(ticket), seed),
@@ -178,9 +179,11 @@ class _Imp:
         return self._train(
             Arm(
                 masks=masks[control],
-                start=fresh if control == "reinit" else self._rewound,
+                start=fresh if fresh_start else self._rewound,
                 first_step=self.start_step,
-                weights=lambda start: self._store(start.weights),
+                weights=lambda start: (
+                    self._store(start.weights) if fresh_start else self._dense_ticket.stored_weights
+                ),
                 parent=ticket,
                 control=True,
                 **self._common(control, ticket.level),
@@ -241,10 +244,15 @@ class _Imp:
 
     @cached_property
     def _at_k(self) -> Start:
+        optimizer = self._kept_state()["optimizer"] if self.config.rewind_optimizer else None
+        return Start(self._dense_ticket.weights(), optimizer)
+
+    @cached_property
+    def _dense_ticket(self) -> Ticket:
+        """Level 0, whose stored weights at step k all that is rewound has."""
         dense = self.session.engine.on_main(lambda: self.tickets.find(self.stage, "level-00"))
         assert dense is not None, "level 0 is trained before anything is rewound"
-        optimizer = self._kept_state()["optimizer"] if self.config.rewind_optimizer else None
-        return Start(dense.weights(), optimizer)
+        return dense
 
     def _kept_state(self) -> dict[str, Any]:
         return self._checkpoint("level-00", self.start_step)
