@@ -78,7 +78,32 @@ def check_shares(batch_size: int, world_size: int) -> None:
         )
 
 
-class MemoryLoader:
+class Positioned:
+    """What loaders over a `SampleOrder` share: where they are is one integer."""
+
+    def __init__(self, order: SampleOrder, rank: int, world_size: int) -> None:
+        check_shares(order.batch_size, world_size)
+        self.order = order
+        self._rank, self._world_size = rank, world_size
+        self._position = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.batch_size
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position = state["position"]
+
+
+class MemoryLoader(Positioned):
     """A `Loader` over images resident on the device, augmented in batches there."""
 
     def __init__(
@@ -91,20 +116,8 @@ class MemoryLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        check_shares(batch_size, world_size)
-        self.order = SampleOrder(len(labels), batch_size, seed)
-        self._augment = images
-        self._labels = labels
-        self._rank, self._world_size = rank, world_size
-        self._position = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
-
-    @property
-    def batch_size(self) -> int:
-        return self.order.batch_size
+        super().__init__(SampleOrder(len(labels), batch_size, seed), rank, world_size)
+        self._augment, self._labels = images, labels
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -113,13 +126,6 @@ class MemoryLoader:
             labels = self._labels[torch.from_numpy(samples).to(self._labels.device)]
             self._position += 1
             yield Batch(self._augment(samples, seed=self.order.seed, epoch=epoch), labels)
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches handed out."""
-        return {"position": self._position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position = state["position"]
 
     skips_bad = False
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.blame import Trials, undecodable
 from data.encoded import EncodedImages
 from data.errors import RunError
-from data.loader import Batch, Replacement, check_shares
+from data.loader import Batch, Positioned, Replacement
 from data.order import SampleOrder, sample_uniforms, shard
 from data.pipeline import DecodeError, Decoding, Feed, Feeds, decoded
 from data.replacing import Replacer
@@ -49,7 +49,7 @@ class _Plan(NamedTuple):
     images: NDArray[np.int64]
 
 
-class FileLoader:
+class FileLoader(Positioned):
     """A `Loader` that decodes image files with DALI."""
 
     def __init__(
@@ -65,24 +65,13 @@ class FileLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        check_shares(order.batch_size, world_size)
-        self.order = order
+        super().__init__(order, rank, world_size)
         self._encoded, self._view, self._size_of_epoch = encoded, view, size_of_epoch
         self._decoding = replace(decoding, batch_size=-(-order.batch_size // world_size))
         self._dtype, self.skips_bad = dtype, on_bad == "skip"
-        self._rank, self._world_size = rank, world_size
-        self._position = 0
         self._replacer = Replacer(encoded.manifest)
         self._replaced: list[Replacement] = []
         self._trials = Trials()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
-
-    @property
-    def batch_size(self) -> int:
-        return self.order.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         while True:  # a new pipeline, after a bad image or another position
@@ -97,13 +86,6 @@ class FileLoader:
                     yield Batch(images.to(self._dtype), self._labels(plan, images.device))
             except DecodeError as error:
                 self._find_bad(drawn, error)
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches handed out."""
-        return {"position": self._position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position = state["position"]
 
     def replacements(self) -> list[Replacement]:
         """What this rank had to replace in the batches handed out since the last call."""
