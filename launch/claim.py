@@ -20,8 +20,8 @@ from data.errors import UserError
 from data.files import Folder
 from data.record import Record, differences
 from launch.config import RunConfig, flat, parse_document
-from pruning.tickets import software_versions
 from train.engine import Engine
+from train.versions import software_versions
 
 _MAY_CHANGE = (
     "checkpoint.",

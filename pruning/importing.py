@@ -24,9 +24,10 @@ from pruning import open_lth
 from pruning.mask_store import write_masks
 from pruning.masks import Masks, prunable
 from pruning.store import open_store
-from pruning.tickets import Ticket, software_versions
+from pruning.tickets import Ticket
 from pruning.weight_store import write_weights
 from train.models import ModelSpec
+from train.versions import software_versions
 
 Origin = Literal["pruning", "open-lth"]
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

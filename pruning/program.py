@@ -15,12 +15,13 @@ from pruning.fixed import FixedMasks
 from pruning.mask_store import read_masks, write_masks
 from pruning.masks import Masks
 from pruning.store import TicketFolder
-from pruning.tickets import Ticket, software_versions
+from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights
 from train.ranks import Ranks
 from train.schedule import Schedule
 from train.session import MakeSparsity, Outcome, Phase, Session, Start
 from train.state import Network
+from train.versions import software_versions
 
 
 @dataclass(frozen=True)

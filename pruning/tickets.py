@@ -6,12 +6,10 @@ verified on loading; nothing goes through pickle. docs/formats.md specifies it.
 """
 
 import hashlib
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -328,15 +326,3 @@ def _ancestor(value: Any) -> Ancestor:
 def _measures(value: Any, what: str) -> dict[str, Any]:
     """Numbers by their names; `None` for what was not finite."""
     return document.table(partial(document.optional, document.number), value, what)
-
-
-def software_versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    packages = ("tombola", "torch", "torchvision", "timm", "accelerate", "numpy")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions

@@ -13,9 +13,10 @@ from pruning.mask_store import write_masks
 from pruning.masks import Masks
 from pruning.scores import magnitude
 from pruning.store import TicketFolder
-from pruning.tickets import Ancestor, Ticket, software_versions
+from pruning.tickets import Ancestor, Ticket
 from pruning.weight_store import write_weights
 from train.models import ModelSpec
+from train.versions import software_versions
 
 SPEC = ModelSpec("cifar_resnet8", 10, 1, {"width": 4})
 

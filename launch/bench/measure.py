@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pruning.tickets import software_versions
+from train.versions import software_versions
 
 
 def interleaved(*works: Callable[[], object], rounds: int) -> list[list[float]]:
