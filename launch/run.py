@@ -7,6 +7,7 @@ from launch.claim import claim_data, claimed
 from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
 from launch.summary import summarise
+from pruning.sources import Promise
 from pruning.store import TicketFolder
 from train.engine import Engine
 from train.metrics import Recorder
@@ -27,6 +28,7 @@ def run_config(config: RunConfig, *, root: str) -> None:
     """The same for a configuration that was read already."""
     engine = make_engine(config.stages[0])
     folder = Folder(root) / config.settings.name
+    engine.on_main(lambda: check_stages(config, folder), patient=True)
     with claimed(folder, config, engine):
         recorder = open_recorder(folder, config, engine)
         display = Display(shown=engine.is_main)
@@ -48,6 +50,17 @@ def run_config(config: RunConfig, *, root: str) -> None:
             recorder.close()
         engine.on_main(lambda: summarise(TicketFolder(folder).all(), folder))
         engine.close()
+
+
+def check_stages(config: RunConfig, folder: Folder) -> None:
+    """Raises `UserError` for a stage that is known to fail once those before it are trained."""
+    earlier: dict[str, Promise] = {}
+    for stage in config.stages:
+        recipe = RECIPES[stage.recipe]
+        if recipe.check is not None:
+            recipe.check(stage.name, stage.config, stage.settings, earlier=earlier, run=folder)
+        if recipe.promise is not None:
+            earlier[stage.name] = recipe.promise(stage.config, stage.settings)
 
 
 def open_recorder(folder: Folder, config: RunConfig, engine: Engine) -> Recorder:

@@ -23,12 +23,14 @@ from pruning.allocate import Scope, keep_count, prune_fraction, shuffle_layers
 from pruning.masks import Masks
 from pruning.program import Arm, masks_of, train_ticket
 from pruning.scores import magnitude
+from pruning.sources import Promise
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights, write_weights
 from train.duration import check_durations
 from train.schedule import constant
 from train.session import Session, Start
+from train.settings import Settings
 
 Mode = Literal["weights", "lr", "finetune"]
 Control = Literal["random", "reinit", "oneshot"]
@@ -88,6 +90,17 @@ class ImpConfig:
         """The controls that are trained beside the ticket of `level`."""
         chosen = not self.control_levels or level in self.control_levels
         return self.controls if level and chosen else ()
+
+
+def promise_imp(config: ImpConfig, settings: Settings) -> Promise:
+    """What an IMP stage will have made."""
+    lacking = ""
+    if config.mode != "weights":
+        lacking = (
+            f"its mode is {config.mode!r}, which keeps no weights of step k to train another "
+            "ticket from; set mode = 'weights' there"
+        )
+    return Promise(settings.model, tuple(range(config.num_rounds + 1)), lacking)
 
 
 def run_imp(session: Session, stage: str, config: ImpConfig) -> list[Ticket]:

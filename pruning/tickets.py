@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data.errors import RunError, UserError
@@ -143,7 +142,7 @@ class Ticket:
 
         The weights are those at `step`, or others that shall take their place.
         """
-        model = self._outline()
+        model = self.outline()
         shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
         for name, shape in self.stored_masks.shapes.items():
             if shapes.get(name) != shape:
@@ -156,11 +155,10 @@ class Ticket:
         if told != {name: tuple(value.shape) for name, value in model.state_dict().items()}:
             raise RunError(f"ticket {self.id[:12]}: its weights are not those of its model")
 
-    def _outline(self) -> nn.Module:
-        """The model without memory for its weights; the specification may be anyone's."""
+    def outline(self) -> nn.Module:
+        """The model without memory for its weights. Raises `RunError`: it may be anyone's."""
         try:
-            with torch.device("meta"):
-                return self.model.build()
+            return self.model.outline()
         except Exception as error:
             problem, *_ = (str(error) or type(error).__name__).splitlines()
             where = f"ticket {self.id[:12]}"

@@ -87,3 +87,8 @@ class ModelSpec:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"model {self.name}: {reason}") from error
         return model
+
+    def outline(self) -> nn.Module:
+        """The network without memory for its weights (on torch's `meta`). Raises as `build`."""
+        with torch.device("meta"):
+            return self.build()

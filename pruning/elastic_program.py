@@ -1,0 +1,300 @@
+"""Elastic tickets as a stage of a run: from tickets of one depth to trained tickets of another.
+
+Chen et al. 2021 (2103.16547); `pruning.elastic` has the transformation. The source's state at step
+k and its masks are moved to the target, which is trained once, from step k to T on its schedule.
+Moving to another data set it is trained from step 0, and a head of another number of classes is
+fresh and dense.
+
+Choices where the paper leaves them open: every control trains for the same steps as its ticket, on
+the same stream of data; `reinit` starts at the same step of the schedule; `snip` keeps in all
+replicas together as many weights as the ticket does, by their sensitivity at step k with the rest
+masked and the replicas dense.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from data.files import Folder
+from data.loader import Batch
+from pruning.allocate import keep_count, shuffle_layers
+from pruning.elastic import DepthChange, Order, format_map, parse_map, stages, transform
+from pruning.masks import Masks, prunable
+from pruning.program import Arm, train_ticket
+from pruning.scores import snip
+from pruning.sources import Promise, claim_sources, find_sources, foresee, require_weights
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket
+from pruning.weight_store import write_weights
+from train.models import ModelSpec
+from train.session import Session, Start
+from train.settings import Settings
+
+Control = Literal["random", "reinit", "permuted", "snip"]
+_NEEDS_REPLICAS = ("permuted", "snip")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """Elastic tickets: tickets of one depth, stretched or squeezed to this stage's model."""
+
+    ticket: str
+    """the source: an earlier stage, or RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID as a path or URL"""
+    levels: tuple[int, ...] = ()
+    """which levels of the source (default: its sparsest)"""
+    order: Order = "append"
+    """how blocks are repeated or left out: append (as a group; the last are left out) or
+    interpolate (each in place; evenly)"""
+    map: str | None = None
+    """instead of an order: source block and target blocks, 0:0;1:1,2;2:3, stages parted by |"""
+    transfer: bool = False
+    """to another data set: train from step 0 of the schedule, with a fresh, dense head where the
+    number of classes differs"""
+    head: Literal["copy", "fresh"] = "copy"
+    """with transfer: copy the head where the classes are as many, or always take a fresh one"""
+    controls: tuple[Control, ...] = ()
+    """what to train beside each ticket: random (the same number of weights in each layer, at
+    random), reinit (the ticket's masks, fresh weights), permuted (random in the replicas only),
+    snip (the replicas' weights chosen by SNIP)"""
+    snip_batches: int = 1
+    """global batches over which the control snip takes its gradient"""
+
+    def __post_init__(self) -> None:
+        if self.map is not None:
+            try:
+                parse_map(self.map)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        if self.head == "fresh" and not self.transfer:
+            raise ValueError("head = 'fresh': needs transfer = true, for another data set")
+        if self.snip_batches < 1:
+            raise ValueError(f"snip_batches = {self.snip_batches}: must be at least 1")
+
+    def change(self, source: ModelSpec, target: ModelSpec) -> DepthChange:
+        """How tickets of `source` become tickets of `target`. Raises `UserError`."""
+        maps = None if self.map is None else parse_map(self.map)
+        there, here = stages(source.outline()), stages(target.outline())
+        change = DepthChange.between(there, here, self.order, maps)
+        needing = [control for control in self.controls if control in _NEEDS_REPLICAS]
+        if needing and not change.replicates:
+            raise UserError(f"controls = {needing[0]!r}: no block is replicated; leave it out")
+        return change
+
+
+def promise_elastic(config: ElasticConfig, settings: Settings) -> Promise:
+    """What an elastic stage will have made."""
+    return Promise(settings.model, config.levels or None)
+
+
+def check_elastic(
+    stage: str,
+    config: ElasticConfig,
+    settings: Settings,
+    *,
+    earlier: Mapping[str, Promise],
+    run: Folder,
+) -> None:
+    """Raises `UserError` for what can be known to fail before anything is trained."""
+    where = f"stages.{stage}.ticket"
+    for source in foresee(where, config.ticket, config.levels, earlier=earlier, run=run):
+        target = ModelSpec.of(
+            settings.model, num_classes=source.num_classes, in_chans=source.in_chans
+        )
+        with _told_of(stage, source, target):
+            transform(
+                source.outline().state_dict(),
+                config.change(source, target),
+                target.outline().state_dict(),
+            )
+
+
+def run_elastic(session: Session, stage: str, config: ElasticConfig) -> list[Ticket]:
+    """All tickets of the stage and their controls; trains only what is not finished yet.
+
+    Raises `UserError` for a source of another family, without weights of step k, or whose head has
+    another number of classes (unless `transfer`).
+    """
+    engine = session.engine
+    found = engine.on_main(
+        lambda: find_sources(config.ticket, config.levels, session.folder), patient=True
+    )
+    moves = [_Move(session, stage, config, one.ticket) for one in found]
+    num_arms = 1 + len(config.controls)
+    session.display.plan(sum(session.total_steps - move.first_step for move in moves) * num_arms)
+    program = _Elastic(session, stage, config)
+    engine.on_main(lambda: claim_sources(session.folder, stage, found))
+    return [ticket for move in moves for ticket in program.run(move)]
+
+
+class _Move:
+    """One source ticket on its way to the target network."""
+
+    def __init__(self, session: Session, stage: str, config: ElasticConfig, source: Ticket) -> None:
+        require_weights(source)
+        self.source, self.target = source, session.model_spec
+        self.first_step = 0 if config.transfer else source.step
+        if not self.first_step < session.total_steps:
+            raise UserError(
+                f"stages.{stage}: ticket {source.place} is of step {self.first_step}, beyond the "
+                f"end of the training at step {session.total_steps} (train.total = "
+                f"{session.settings.train.total!r})"
+            )
+        self._fresh_seed = session.seed("elastic", "head")
+        with _told_of(stage, source.model, self.target):
+            self._fresh = self._fresh_head(config)
+            self.change = config.change(source.model, self.target)
+            outline = self.target.outline()
+            self._tensors, self._prunable = outline.state_dict(), prunable(outline)
+            self._transform(source.outline().state_dict())
+
+    def _fresh_head(self, config: ElasticConfig) -> frozenset[str]:
+        """The names of the head's tensors, if they are not copied."""
+        there, here = self.source.model, self.target
+        if there.in_chans != here.in_chans:
+            raise UserError(f"it takes {there.in_chans} channels, the images have {here.in_chans}")
+        if there.num_classes == here.num_classes and config.head == "copy":
+            return frozenset()
+        if not config.transfer:
+            raise UserError(
+                f"its head has {there.num_classes} classes, the data have {here.num_classes}; for "
+                "another data set set transfer = true, which gives it a fresh head"
+            )
+        return _head(there) | _head(here)
+
+    def _copied(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """All but a head that is fresh."""
+        return {name: value for name, value in tensors.items() if name not in self._fresh}
+
+    def _transform(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return transform(self._copied(weights), self.change, self._copied(self._tensors))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state from which the target is trained, not masked."""
+        moved = self._transform(self.source.weights())
+        if not self._fresh:
+            return moved
+        fresh = self.target.build(self._fresh_seed).state_dict()
+        return {name: moved.get(name, value) for name, value in fresh.items()}
+
+    def masks(self, source: Masks) -> Masks:
+        """The target's masks in its layer order; a fresh head is dense."""
+        masked = {n: w for n, w in self._prunable.items() if self.change.origin(n) in source}
+        moved = transform(self._copied(source), self.change, self._copied(masked))
+        dense = {n: torch.ones(masked[n].shape, dtype=torch.bool) for n in masked.keys() - moved}
+        return Masks({name: {**moved, **dense}[name] for name in masked})
+
+
+class _Elastic:
+    """The program: each arm is trained by `train_ticket`, at once if it is finished."""
+
+    def __init__(self, session: Session, stage: str, config: ElasticConfig) -> None:
+        self.session, self.stage, self.config = session, stage, config
+        self.tickets = TicketFolder(session.folder)
+        self.network = session.build_network()
+
+    def run(self, move: _Move) -> list[Ticket]:
+        """The elastic ticket of one source, and its controls."""
+        ticket = self._train(move, "elastic", lambda: move.masks(self._read(move.source)))
+        return [ticket, *(self._control(move, ticket, one) for one in self.config.controls)]
+
+    def _control(self, move: _Move, ticket: Ticket, control: Control) -> Ticket:
+        seed = self.session.seed("elastic", control, ticket.level)
+        masks: dict[Control, Callable[[Masks], Masks]] = {
+            "random": lambda masks: shuffle_layers(masks, seed),
+            "reinit": lambda masks: masks,
+            "permuted": lambda masks: self._with_replicas(
+                move, masks, lambda replicas: shuffle_layers(replicas, seed)
+            ),
+            "snip": lambda masks: self._with_replicas(
+                move, masks, lambda replicas: self._sensitive(move, masks, replicas)
+            ),
+        }
+        start = move.weights
+        if control == "reinit":
+            start = lambda: move.target.build(seed).state_dict()  # noqa: E731
+        choose = masks[control]
+        return self._train(move, control, lambda: choose(self._read(ticket)), start, ticket)
+
+    def _train(
+        self,
+        move: _Move,
+        method: str,
+        masks: Callable[[], Masks],
+        start: Callable[[], dict[str, Tensor]] | None = None,
+        compared: Ticket | None = None,
+    ) -> Ticket:
+        """Trains an arm; `compared` is the ticket beside which a control is trained."""
+        level, objects, engine = move.source.level, self.tickets.objects, self.session.engine
+        arm = Arm(
+            stage=self.stage,
+            method=method,
+            level=level,
+            masks=masks,
+            start=lambda: Start((start or move.weights)()),
+            first_step=move.first_step,
+            stop=self.session.total_steps,
+            schedule=self.session.schedule,
+            seed_labels=("elastic", "order", level),
+            parent=compared or move.source,
+            control=compared is not None,
+            rewind_step=move.first_step,
+            weights=lambda begun: write_weights(objects, begun.weights, engine),
+            config={"elastic": asdict(self.config), "map": format_map(move.change.maps)},
+        )
+        return train_ticket(self.session, self.tickets, self.network, arm)
+
+    def _read(self, ticket: Ticket) -> Masks:
+        return ticket.read(self.session.engine).masks
+
+    # Other masks for the replicas ---------------------------------------------------------
+
+    def _with_replicas(self, move: _Move, masks: Masks, choose: Callable[[Masks], Masks]) -> Masks:
+        """The masks, those of the further copies of blocks as `choose` makes them."""
+        replicas = Masks({n: mask for n, mask in masks.items() if move.change.is_replica(n)})
+        return Masks({**masks, **choose(replicas)})
+
+    def _sensitive(self, move: _Move, masks: Masks, replicas: Masks) -> Masks:
+        """As many weights as the replicas keep, over all of them, by SNIP at step k."""
+        engine, model = self.session.engine, self.network.module
+        model.load_state_dict(move.weights())
+        rest = Masks({name: mask for name, mask in masks.items() if name not in replicas})
+        rest.project_(model)
+        scores = snip(model, self._batches(), ranks=engine)
+        chosen = {name: scores[name] for name in replicas}
+        return keep_count(chosen, replicas.kept, ranks=engine).to("cpu")
+
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's shares of the first global batches of a stream of their own, cut small."""
+        session, engine = self.session, self.session.engine
+        loader = session.data.loader(session.seed("elastic", "snip"))
+        for images, labels in islice(loader, self.config.snip_batches):
+            parts = engine.num_micro_batches(loader.batch_size)
+            pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+            yield from (Batch(engine.place(one), other) for one, other in pairs)
+
+
+def _head(spec: ModelSpec) -> frozenset[str]:
+    """The names of the tensors whose shapes depend on the number of classes."""
+    one, other = (
+        {name: value.shape for name, value in each.outline().state_dict().items()}
+        for each in (spec, replace(spec, num_classes=spec.num_classes + 1))
+    )
+    return frozenset(name for name, shape in one.items() if other.get(name) != shape)
+
+
+@contextlib.contextmanager
+def _told_of(stage: str, source: ModelSpec, target: ModelSpec) -> Iterator[None]:
+    """To what does not fit adds of which networks it is said."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"stages.{stage}: a ticket of {source.name} cannot become one of {target.name}: {error}"
+        ) from None
