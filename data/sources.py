@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.arrays import READERS, ImageArrays, Split
@@ -31,6 +32,12 @@ class MakeLoader(Protocol):
         ...
 
 
+class MakeEvaluationSet(Protocol):
+    def __call__(self, num_images: int | None = None) -> EvaluationSet:
+        """That many images, spread evenly over the data set, or all."""
+        ...
+
+
 @dataclass(frozen=True)
 class Data:
     """An opened data set: `loader(seed)` for training, `evaluation[split]` for measuring."""
@@ -43,6 +50,8 @@ class Data:
     steps_per_epoch: int
     loader: MakeLoader
     evaluation: dict[str, EvaluationSet]
+    training_images: MakeEvaluationSet
+    """the training images as an evaluation shows them, not augmented"""
 
 
 @dataclass(frozen=True)
@@ -143,16 +152,23 @@ def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> D
             world_size=place.world_size,
         )
 
-    held_out = {"validation": arrays.validation, "test": arrays.test}
-    evaluation: dict[str, EvaluationSet] = {
-        name: MemoryEvaluationSet(
-            *resident(split),
+    def evaluated(images: Tensor, labels: Tensor) -> MemoryEvaluationSet:
+        return MemoryEvaluationSet(
+            images,
+            labels,
             batch_size=config.eval_batch_size,
             rank=place.rank,
             world_size=place.world_size,
         )
-        for name, split in held_out.items()
-        if split is not None
+
+    def training_images(num_images: int | None = None) -> MemoryEvaluationSet:
+        chosen = _spread(len(arrays.train.labels), num_images)
+        train = Split(arrays.train.images[chosen], arrays.train.labels[chosen])
+        return evaluated(*resident(train))
+
+    held_out = {"validation": arrays.validation, "test": arrays.test}
+    evaluation: dict[str, EvaluationSet] = {
+        name: evaluated(*resident(split)) for name, split in held_out.items() if split is not None
     }
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     return Data(
@@ -162,6 +178,7 @@ def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> D
         steps_per_epoch=loader(0).steps_per_epoch,
         loader=loader,
         evaluation=evaluation,
+        training_images=training_images,
     )
 
 
@@ -186,17 +203,23 @@ def _open_files(config: DataConfig, catalogue: Catalogue, place: Placement) -> D
             **ranks,
         )
 
-    evaluation: dict[str, EvaluationSet] = {
-        split: FileEvaluationSet(
+    def evaluated(split: str, images: NDArray[np.int64] | None = None) -> FileEvaluationSet:
+        return FileEvaluationSet(
             encoded(split),
             _decoding(config, catalogue.splits[split], place, dtype, training=False),
+            images=images,
             resize=config.evaluation_resize,
             size=config.evaluation_size,
             dtype=dtype,
             **ranks,
         )
-        for split in catalogue.splits
-        if split != "train"
+
+    def training_images(num_images: int | None = None) -> FileEvaluationSet:
+        usable = np.flatnonzero(train.manifest.problems == 0)
+        return evaluated("train", usable[_spread(len(usable), num_images)])
+
+    evaluation: dict[str, EvaluationSet] = {
+        split: evaluated(split) for split in catalogue.splits if split != "train"
     }
     largest = max(sizes)
     sides = sorted({min(sizes), largest, config.evaluation_size})
@@ -207,7 +230,15 @@ def _open_files(config: DataConfig, catalogue: Catalogue, place: Placement) -> D
         steps_per_epoch=loader(0).steps_per_epoch,
         loader=loader,
         evaluation=evaluation,
+        training_images=training_images,
     )
+
+
+def _spread(num_images: int, num_chosen: int | None) -> NDArray[np.int64]:
+    """The numbers of all images, or of `num_chosen` spread evenly over them."""
+    if num_chosen is None or num_chosen >= num_images:
+        return np.arange(num_images)
+    return np.arange(num_chosen) * num_images // num_chosen
 
 
 def decoder_of(config: DataConfig, device: torch.device) -> Literal["cpu", "gpu"]:

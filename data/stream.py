@@ -184,7 +184,8 @@ def _images_of(plan: _Plan) -> NDArray[np.int64]:
 class FileEvaluationSet:
     """An `EvaluationSet` that decodes image files: shorter side to `resize`, centre of `size`.
 
-    It never leaves an image out: an accuracy over fewer images is another measure.
+    Of the manifest's images it shows all, or those that `images` numbers. It never leaves one out:
+    an accuracy over fewer images is another measure.
     """
 
     def __init__(
@@ -192,13 +193,15 @@ class FileEvaluationSet:
         encoded: EncodedImages,
         decoding: Decoding,
         *,
+        images: NDArray[np.int64] | None = None,
         resize: int,
         size: int,
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.num_samples = len(encoded.manifest)
+        self._images = np.arange(len(encoded.manifest)) if images is None else images
+        self.num_samples = len(self._images)
         self._encoded, self._decoding, self._dtype = encoded, decoding, dtype
         self._resize, self._size = resize, size
         self._rank, self._world_size = rank, world_size
@@ -223,7 +226,7 @@ class FileEvaluationSet:
         batch_size = self._decoding.batch_size
         parts = shard(self.num_samples, batch_size, self._rank, self._world_size)
         for part in islice(parts, first, None):
-            drawn.append(np.arange(part.start, part.stop))
+            drawn.append(self._images[part])
             yield drawn[-1]
 
     def _feeds_of(self, parts: Iterator[NDArray[np.int64]]) -> Feeds:
@@ -249,6 +252,6 @@ class FileEvaluationSet:
         found = undecodable(self._encoded, self._decoding, ones, lambda one: one, self._feed)
         for (image,), reason in found:
             raise RunError(
-                f"cannot decode {self._encoded.manifest.where(int(image))}, of the held-out "
+                f"cannot decode {self._encoded.manifest.where(int(image))}, of the evaluated "
                 f"images: {reason}; mend or remove the file: an evaluation leaves no image out"
             )

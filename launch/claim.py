@@ -94,6 +94,18 @@ def claim_data(folder: Folder, stage: str, record: Record, engine: Engine) -> No
     engine.on_main(claim)
 
 
+def read_run(folder: Folder) -> RunConfig:
+    """The configuration of a run, read like any: options added since have their defaults.
+
+    Raises `UserError` where it is damaged.
+    """
+    where = f"{folder}/config.toml"
+    try:
+        return parse_document(tomllib.loads(folder.read("config.toml").decode()), where)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{where}: damaged, or of another version: {error}") from None
+
+
 def environment(engine: Engine) -> dict[str, Any]:
     """What this attempt runs on."""
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
@@ -136,13 +148,7 @@ def _attempts(folder: Folder) -> list[Any]:
 
 
 def _require_same(folder: Folder, config: RunConfig) -> None:
-    where = f"{folder}/config.toml"
-    try:
-        document = tomllib.loads(folder.read("config.toml").decode())
-        # Read like any configuration, so that options added since have their defaults there too.
-        before = flat(parse_document(document, where).document())
-    except (ValueError, UserError) as error:
-        raise UserError(f"{where}: damaged, or of another version: {error}") from None
+    before = flat(read_run(folder).document())
     now = flat(config.document())
     differences = [
         f"{key} is {before.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"

@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from data.errors import Interrupted, RunError, UserError
+from launch.data_commands import Data
 from launch.export_commands import Export, ImportTicket
 from launch.parsing import ParseError, parse
 from launch.ticket_commands import (
@@ -23,6 +24,7 @@ from launch.ticket_commands import (
     CopyTickets,
     DiffTickets,
     ListTickets,
+    ShowStages,
     ShowTicket,
     VerifyTickets,
 )
@@ -68,6 +70,7 @@ class Tickets:
         | Annotated[DiffTickets, subcommand("diff")]
         | Annotated[CollectGarbage, subcommand("gc")]
         | Annotated[ImportTicket, subcommand("import")]
+        | Annotated[ShowStages, subcommand("stages")]
     )
 
     def __call__(self) -> None:
@@ -75,73 +78,44 @@ class Tickets:
 
 
 @dataclass
-class VerifyData:
-    """Reads and decodes every image of a data set; exit code 1 if anything is wrong."""
+class Report:
+    """Tables of runs: levels, controls, elastic tickets beside IMP's, error barriers."""
 
-    source: Positional[str]
-    """folder or URL, whose kind is found out, or KIND:PATH"""
-    allow: tuple[str, ...] = ()
-    """kinds of findings that are no fault here: grayscale cmyk duplicate ..."""
-    output: str = "verify.csv"
-    """file that lists what is wrong"""
-    workers: int | None = None
-    """processes that decode (default: one a core)"""
+    places: Positional[tuple[str, ...]]
+    """runs: paths, URLs, or names under --root; with --barrier two of them, or RUN/STAGE/LEVEL"""
+    barrier: bool = False
+    """measure the error between what two runs were trained to, level by level"""
+    levels: tuple[int, ...] = ()
+    """with --barrier: only these levels"""
+    points: int = 30
+    """with --barrier: of the line, both ends included"""
+    batchnorm: Literal["recalibrate", "interpolate"] = "recalibrate"
+    """with --barrier: take statistics anew from training batches, or interpolate them"""
+    num_batches: int = 16
+    """with --barrier: global training batches to recalibrate on, at each point"""
+    train_images: int | None = None
+    """with --barrier: evaluate this many training images, spread evenly (default: all)"""
+    root: str = "runs"
+    """folder or URL that holds the runs"""
     json: bool = False
     """print one JSON document"""
 
     def __call__(self) -> None:
-        from launch.verify import verify_data
+        from launch.report import report_barrier, report_runs
+        from pruning.connectivity import Line
 
-        verify_data(
-            self.source,
-            allow=self.allow,
-            output=self.output,
-            num_workers=self.workers,
-            as_json=self.json,
-        )
-
-
-@dataclass
-class PackData:
-    """Packs a data set of image files into WebDataset shards."""
-
-    source: Positional[str]
-    """folder or URL, whose kind is found out, or KIND:PATH"""
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """folder or URL of the shards"""
-    resize: int | None = None
-    """re-encode larger images so that their shorter side is this long: 500, 256"""
-    quality: int = 90
-    """JPEG quality of what is re-encoded"""
-    shard_size: int = 2048
-    """images per shard"""
-    workers: int | None = None
-    """processes that encode (default: one a core)"""
-    json: bool = False
-    """print one JSON document"""
-
-    def __call__(self) -> None:
-        from launch.pack import pack_data
-
-        pack_data(
-            self.source,
-            output=self.output,
-            resize=self.resize,
-            quality=self.quality,
-            shard_size=self.shard_size,
-            num_workers=self.workers,
-            as_json=self.json,
-        )
-
-
-@dataclass
-class Data:
-    """Data sets of image files: checks them, packs them."""
-
-    action: Annotated[VerifyData, subcommand("verify")] | Annotated[PackData, subcommand("pack")]
-
-    def __call__(self) -> None:
-        self.action()
+        try:
+            line = Line(self.points, self.batchnorm, self.num_batches, self.train_images)
+        except ValueError as error:
+            raise UserError(f"--{str(error).replace('_', '-')}") from None
+        if self.barrier:
+            report_barrier(
+                self.places, levels=self.levels, line=line, root=self.root, as_json=self.json
+            )
+        elif self.levels or line != Line():
+            raise UserError("--levels, --points and their like go with --barrier")
+        else:
+            report_runs(self.places, root=self.root, as_json=self.json)
 
 
 @dataclass
@@ -178,6 +152,7 @@ Command = (
     Annotated[Run, subcommand("run")]
     | Annotated[Tickets, subcommand("tickets")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Bench, subcommand("bench")]
 )

@@ -4,6 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pruning.connectivity_program import (
+    ConnectivityConfig,
+    check_connectivity,
+    run_connectivity,
+)
 from pruning.elastic_program import ElasticConfig, check_elastic, promise_elastic, run_elastic
 from pruning.imp import ImpConfig, promise_imp, run_imp
 from pruning.sources import Promise
@@ -26,4 +31,5 @@ class Recipe:
 RECIPES = {
     "imp": Recipe(ImpConfig, run_imp, promise_imp),
     "elastic": Recipe(ElasticConfig, run_elastic, promise_elastic, check_elastic),
+    "connectivity": Recipe(ConnectivityConfig, run_connectivity, check=check_connectivity),
 }

@@ -8,7 +8,6 @@ from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
 from launch.summary import summarise
 from pruning.sources import Promise
-from pruning.store import TicketFolder
 from train.engine import Engine
 from train.metrics import Recorder
 from train.progress import Display
@@ -48,7 +47,7 @@ def run_config(config: RunConfig, *, root: str) -> None:
         finally:
             display.close()
             recorder.close()
-        engine.on_main(lambda: summarise(TicketFolder(folder).all(), folder))
+        engine.on_main(lambda: summarise(folder, [stage.name for stage in config.stages]))
         engine.close()
 
 

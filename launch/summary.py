@@ -1,88 +1,106 @@
-"""What a run came to: a table in the terminal, and accuracy against density as a picture."""
+"""What a run came to: tables in the terminal, and pictures in its folder."""
 
-import io
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from data.files import Folder
+from launch.levels import compared, gathered, level_rows
+from launch.plots import accuracy_plot, connectivity_plot
+from pruning.connectivity import STABLE, Connectivity
 from pruning.tickets import Ticket
 
-_COLOURS = {"imp": "#1a5fb4", "random": "#c64600", "reinit": "#26a269", "oneshot": "#813d9c"}
+_UNDER_IMP = (
+    "IMP: its own ticket for that network, at the nearest density. An elastic ticket costs no "
+    "search and stays under it: in the paper by 0.5 to 2.3 points on ImageNet."
+)
+_BARRIER = (
+    f"barrier: highest error on the line less the mean of its ends; stable below {STABLE:.0%}"
+)
 
 
-def summarise(tickets: Sequence[Ticket], folder: Folder) -> None:
-    """Prints the table of each stage, and writes `accuracy.png` into the run folder."""
+def summarise(folder: Folder, stages: Sequence[str]) -> None:
+    """Prints the tables of a run's stages, and draws its pictures into the run folder."""
     console = Console()
-    for stage in dict.fromkeys(ticket.stage for ticket in tickets):
-        console.print(level_table([t for t in tickets if t.stage == stage], stage))
-    folder.write("accuracy.png", accuracy_plot(tickets))
-    console.print(f"{folder}/accuracy.png", highlight=False, soft_wrap=True)
+    tickets, results = gathered(folder, stages)
+    print_tables(console, tickets, results)
+    shown = compared(tickets, results)
+    pictures: dict[str, bytes] = {}
+    if shown:
+        pictures["accuracy.png"] = accuracy_plot(shown)
+    if results:
+        pictures["connectivity.png"] = connectivity_plot(results)
+    for name, content in pictures.items():
+        folder.write(name, content)
+        console.print(f"{folder}/{name}", highlight=False, soft_wrap=True)
+
+
+def print_tables(
+    console: Console, tickets: Sequence[Ticket], results: Sequence[Connectivity]
+) -> None:
+    """A table a stage: its levels, or the lines that were measured in it."""
+    shown = compared(tickets, results)
+    for stage in dict.fromkeys(ticket.stage for ticket in shown):
+        console.print(level_table(shown, stage), "")
+    if any(ticket.method == "elastic" for ticket in shown):
+        console.print(_UNDER_IMP, "", sep="\n")
+    for stage in dict.fromkeys(result.stage for result in results):
+        here = [result for result in results if result.stage == stage]
+        console.print(connectivity_table(here, f"{stage}: error on the line"))
+        treatments = ", ".join(dict.fromkeys(result.batchnorm for result in here))
+        console.print(f"{_BARRIER}. BatchNorm: {treatments}.", "", sep="\n")
 
 
 def level_table(tickets: Sequence[Ticket], stage: str) -> Table:
-    """A row a level: density, accuracy of the ticket and of each control, images/s."""
-    controls = list(dict.fromkeys(t.method for t in tickets if t.control))
-    table = Table("level", "density", "ticket accuracy", title=f"{stage}: test accuracy")
-    for control in controls:
-        table.add_column(f"{control} accuracy")
-    table.add_column("images/s")
+    """What a stage reached, a row a level; the gap is to IMP's ticket "at" the nearest density."""
+    rows = level_rows(tickets, stage)
+    known = {"level", "density", "images_per_second", "imp", "imp_density", "gap"}
+    accuracies = list(dict.fromkeys(key for row in rows for key in row if key not in known))
+    beside_imp = any("imp" in row for row in rows)
+    table = _table(f"{stage}: test accuracy", "level", "density", *accuracies)
+    for name in ("IMP", "at", "gap") if beside_imp else ("images/s",):
+        table.add_column(name)
     for column in table.columns:
         column.justify = "right"
-    beside = {(t.parent, t.method): t for t in tickets if t.control}
-    for ticket in sorted((t for t in tickets if not t.control), key=lambda t: t.level):
-        others = [beside.get((ticket.id, control)) for control in controls]
-        table.add_row(
-            str(ticket.level),
-            f"{ticket.density:.2%}",
-            *("-" if t is None else f"{accuracy(t):.4f}" for t in (ticket, *others)),
-            f"{ticket.timing['images_per_second']:,.0f}",
-        )
+    for row in rows:
+        cells = [_number(row.get(key)) for key in accuracies]
+        if beside_imp:
+            imp, at, gap = (row.get(key) for key in ("imp", "imp_density", "gap"))
+            cells += [_number(imp), _number(at, ".2%"), _number(gap, "+.4f")]
+        else:
+            cells.append(_number(row["images_per_second"], ",.0f"))
+        table.add_row(str(row["level"]), f"{row['density']:.2%}", *cells)
     return table
 
 
-def accuracy(ticket: Ticket) -> float:
-    """The test accuracy at the end of the ticket's training."""
-    return float(ticket.metrics["test"]["accuracy"])
+def connectivity_table(results: Sequence[Connectivity], title: str) -> Table:
+    """The errors between pairs of networks, a row a pair, and how BatchNorm was treated."""
+    splits = list(dict.fromkeys(split for result in results for split in result.curves))
+    table = _table(title, "level", "density")
+    for split in splits:
+        for name in (f"{split} ends", "peak", "barrier"):
+            table.add_column(name)
+    table.add_column("stable")
+    for column in table.columns:
+        column.justify = "right"
+    for result in results:
+        cells = []
+        for split in splits:
+            curve = result.curves[split]
+            peak = max(curve.errors)
+            cells += [f"{one:.2%}" for one in (peak - curve.barrier, peak, curve.barrier)]
+        level = result.name.removeprefix("level-")
+        table.add_row(level, f"{result.density:.2%}", *cells, "yes" if result.is_stable else "no")
+    return table
 
 
-def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
-    """Test accuracy against density, a line a stage and method, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+def _table(title: str, *columns: str) -> Table:
+    """Narrow enough for ten columns of numbers in a terminal of 80 characters."""
+    narrow = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+    return Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left", **narrow)  # type: ignore[arg-type]
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    stages = list(dict.fromkeys(t.stage for t in tickets))
-    for stage in stages:
-        in_stage = [t for t in tickets if t.stage == stage]
-        for method in dict.fromkeys(t.method for t in in_stage):
-            line = sorted((t for t in in_stage if t.method == method), key=lambda t: -t.density)
-            label = {"imp": "winning tickets", "random": "random masks"}.get(method, method)
-            axes.plot(
-                [t.density for t in line],
-                [accuracy(t) for t in line],
-                marker="s" if line[0].control else "o",
-                markersize=4,
-                color=_COLOURS.get(method),
-                label=label if len(stages) == 1 else f"{stage}: {label}",
-            )
-        dense = [t for t in in_stage if t.density == 1.0 and not t.control]
-        if dense:
-            axes.axhline(accuracy(dense[0]), color="0.6", linewidth=1, linestyle="--", zorder=0)
-    axes.set_xscale("log")
-    axes.invert_xaxis()
-    ticks = sorted({t.density for t in tickets}, reverse=True)
-    axes.set_xticks(ticks[:: -(-len(ticks) // 7)])
-    axes.minorticks_off()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g} %"))
-    axes.set_xlabel("density: weights kept")
-    axes.set_ylabel("test accuracy")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)

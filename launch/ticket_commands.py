@@ -1,6 +1,7 @@
 """The words after `tombola tickets`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -122,3 +123,22 @@ class CollectGarbage:
             root=self.root,
             as_json=self.json,
         )
+
+
+@dataclass
+class ShowStages:
+    """Lists a model's stages (lists of like blocks), and which go where in another depth."""
+
+    model: Positional[str]
+    """any timm model, cifar_resnet{6n+2} or cifar_vgg{11,13,16,19}"""
+    to: str | None = None
+    """the model that its tickets shall be stretched or squeezed to: prints the map"""
+    order: Literal["append", "interpolate"] = "append"
+    """append repeats blocks as a group, interpolate each in place"""
+    json: bool = False
+    """print one JSON document"""
+
+    def __call__(self) -> None:
+        from launch.stages import show_stages
+
+        show_stages(self.model, to=self.to, order=self.order, as_json=self.json)

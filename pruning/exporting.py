@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -11,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from data.errors import UserError
 from data.files import Folder
 from pruning.onnx_model import to_onnx
 from pruning.tickets import Ticket
-from train.checkpoint import Checkpoints
-from train.ranks import ALONE
+from pruning.trained import trained_weights
 
 Format = Literal["torch", "safetensors", "onnx", "pruning"]
 
@@ -42,18 +39,7 @@ class Subnetwork:
 
         Raises `UserError` where no checkpoint of its end is there, `RunError` for a damaged one.
         """
-        folder = level / "checkpoints"
-        names = [name for name in folder.names() if re.fullmatch(r"step-\d+", name)]
-        last = max((int(name.removeprefix("step-")) for name in names), default=-1)
-        if last <= ticket.step:
-            raise UserError(
-                f"{folder}: no checkpoint of the end of the training: trained weights are only in "
-                "the folder of a level in its run"
-            )
-        state = Checkpoints(folder, ALONE, keep=1).load(last)
-        weights = state.get("ema") or state.get("model") or {}
-        ticket.require_fit(weights)
-        return cls(ticket, weights, trained=True)
+        return cls(ticket, trained_weights(ticket, level), trained=True)
 
     def build_model(self) -> nn.Module:
         """The network, masked weights zero."""

@@ -17,6 +17,7 @@ from pruning.masks import Masks
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights
+from train.models import ModelSpec
 from train.ranks import Ranks
 from train.schedule import Schedule
 from train.session import MakeSparsity, Outcome, Phase, Session, Start
@@ -39,6 +40,8 @@ class Arm:
     schedule: Schedule
     seed_labels: tuple[str | int, ...]
     parent: Ticket | None = None
+    model: ModelSpec | None = None
+    """of the network that is trained (default: the session's)"""
     control: bool = False
     rewind_step: int = 0
     """k, which the ticket records"""
@@ -133,7 +136,7 @@ def _describe(
         method=arm.method,
         level=arm.level,
         control=arm.control,
-        model=session.model_spec,
+        model=arm.model or session.model_spec,
         step=arm.rewind_step,
         stored_masks=write_masks(tickets.objects, masks, session.engine),
         stored_weights=weights,

@@ -461,7 +461,7 @@ def test_a_bad_held_out_image_ends_the_run_by_its_name(
     with pytest.raises(RunError) as caught:
         iter_into(data.evaluation["test"], batches)
     assert [batch.labels.tolist() for batch in batches] == [[0] * 4]
-    assert f"{name_of(6, 'val')}, of the held-out images: {reason}" in str(caught.value)
+    assert f"{name_of(6, 'val')}, of the evaluated images: {reason}" in str(caught.value)
     assert next(iter(data.loader(SEED))).images.shape == (BATCH, 3, 32, 32)  # training may go on
 
 

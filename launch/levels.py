@@ -1,0 +1,61 @@
+"""What the stages of a run reached, level by level: what tables, pictures and JSON show."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from data.files import Folder
+from pruning.connectivity import Connectivity, all_results
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket
+
+
+def gathered(folder: Folder, stages: Sequence[str]) -> tuple[list[Ticket], list[Connectivity]]:
+    """The tickets of a run and the lines that were measured in it, in the order of its stages."""
+
+    def place(one: Ticket | Connectivity) -> int:
+        return stages.index(one.stage) if one.stage in stages else len(stages)
+
+    tickets, results = TicketFolder(folder).all(), all_results(folder)
+    return sorted(tickets, key=place), sorted(results, key=place)
+
+
+def level_rows(tickets: Sequence[Ticket], stage: str) -> list[dict[str, Any]]:
+    """What a stage reached, level by level: accuracies of the ticket and of each control.
+
+    Beside an elastic ticket stands what IMP reached on the same network in this run, at the
+    nearest density.
+    """
+    in_stage = [ticket for ticket in tickets if ticket.stage == stage]
+    rows = []
+    for ticket in sorted((t for t in in_stage if not t.control), key=lambda t: t.level):
+        controls = [t for t in in_stage if t.control and t.parent == ticket.id]
+        row = {
+            "level": ticket.level,
+            "density": ticket.density,
+            "ticket": accuracy(ticket),
+            **{control.method: accuracy(control) for control in controls},
+        }
+        searched = _searched(ticket, tickets) if ticket.method == "elastic" else None
+        if searched is not None:
+            row |= {"imp": accuracy(searched), "imp_density": searched.density}
+            row["gap"] = row["ticket"] - row["imp"]
+        rows.append({**row, "images_per_second": ticket.timing["images_per_second"]})
+    return rows
+
+
+def accuracy(ticket: Ticket) -> float:
+    """The test accuracy at the end of the ticket's training."""
+    return float(ticket.metrics["test"]["accuracy"])
+
+
+def compared(tickets: Sequence[Ticket], results: Sequence[Connectivity]) -> list[Ticket]:
+    """The tickets but for the copies that were trained to measure a line."""
+    measured = {result.stage for result in results}
+    return [ticket for ticket in tickets if ticket.stage not in measured]
+
+
+def _searched(ticket: Ticket, tickets: Sequence[Ticket]) -> Ticket | None:
+    """IMP's ticket of the same network with the nearest density, if there is any within a third."""
+    known = [t for t in tickets if t.method == "imp" and not t.control and t.model == ticket.model]
+    near = [t for t in known if 3 / 4 < t.density / ticket.density < 4 / 3]
+    return min(near, key=lambda t: abs(t.density - ticket.density), default=None)

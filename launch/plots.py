@@ -1,0 +1,103 @@
+"""The pictures of a run, as PNG files: accuracy against density, errors along lines."""
+
+import io
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+from launch.levels import accuracy
+from pruning.connectivity import Connectivity
+from pruning.tickets import Ticket
+
+_COLOURS = ("#1a5fb4", "#c64600", "#26a269", "#813d9c", "#986a44", "#a51d2d", "#5e5c64")
+_NAMES = {"imp": "winning tickets", "elastic": "elastic tickets", "random": "random masks"}
+_STYLES = ("--", ":", "-.", (0, (1, 3)))
+
+
+def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
+    """Test accuracy against density, a line a stage and method.
+
+    Of one stage each method has its colour; of several, each stage.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = _new_figure()
+    stages = list(dict.fromkeys(ticket.stage for ticket in tickets))
+    colours = cycle(_COLOURS)
+    for stage in stages:
+        in_stage = [ticket for ticket in tickets if ticket.stage == stage]
+        methods = sorted(dict.fromkeys(t.method for t in in_stage), key=lambda m: m not in _NAMES)
+        colour, styles = next(colours) if len(stages) > 1 else None, cycle(_STYLES)
+        for method in methods:
+            line = sorted((t for t in in_stage if t.method == method), key=lambda t: -t.density)
+            is_control = line[0].control
+            label = _NAMES.get(method, method)
+            axes.plot(
+                [ticket.density for ticket in line],
+                [accuracy(ticket) for ticket in line],
+                marker="s" if is_control else "o",
+                markersize=4,
+                linestyle=next(styles) if is_control and colour else "-",
+                color=colour or next(colours),
+                label=label if len(stages) == 1 else f"{stage}: {label}",
+            )
+        dense = [ticket for ticket in in_stage if ticket.density == 1.0 and not ticket.control]
+        if dense:
+            axes.axhline(
+                accuracy(dense[0]), color=colour or "0.6", linewidth=1, linestyle="--", zorder=0
+            )
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks(_ticks([ticket.density for ticket in tickets]))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g} %"))
+    axes.set_xlabel("density: weights kept")
+    axes.set_ylabel("test accuracy")
+    return _finished(figure, axes)
+
+
+def connectivity_plot(results: Sequence[Connectivity]) -> bytes:
+    """The errors on each line, solid on test images and dotted on training images."""
+    figure, axes = _new_figure()
+    for result, colour in zip(results, cycle(_COLOURS), strict=False):
+        for split, curve in result.curves.items():
+            steps = len(curve.errors) - 1
+            axes.plot(
+                [step / steps for step in range(steps + 1)],
+                [error * 100 for error in curve.errors],
+                color=colour,
+                linestyle="-" if split == "test" else ":",
+                label=f"{result.stage}/{result.name}, {split} (density {result.density:.3g})",
+            )
+    axes.set_xlabel("from the first network (0) to the second (1)")
+    axes.set_ylabel("error, %")
+    axes.set_ylim(bottom=0)
+    return _finished(figure, axes)
+
+
+def _ticks(densities: Sequence[float]) -> list[float]:
+    """At most seven of the densities, none too near to another."""
+    ticks: list[float] = []
+    for density in sorted(set(densities), reverse=True):
+        if not ticks or density < ticks[-1] * 0.8:
+            ticks.append(density)
+    return ticks[:: -(-len(ticks) // 7)]
+
+
+def _new_figure() -> tuple[Any, Any]:
+    """A figure and its axes; matplotlib takes a second to import, so only who draws does."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _finished(figure: Any, axes: Any) -> bytes:
+    axes.grid(alpha=0.25)
+    many = len(axes.get_legend_handles_labels()[0]) > 6
+    axes.legend(frameon=False, fontsize="x-small" if many else "medium")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()

@@ -1,0 +1,188 @@
+"""`tombola report RUN...`: what runs came to, and the error barrier between two of them."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from torch import Tensor
+
+from data.errors import UserError
+from data.files import Folder
+from launch.claim import read_run
+from launch.config import Stage
+from launch.levels import compared, gathered, level_rows
+from launch.places import find_single, find_tickets
+from launch.run import make_engine
+from launch.summary import print_tables
+from pruning.connectivity import Connectivity, Line, measure
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket, find_ticket
+from pruning.trained import trained_weights
+from train.engine import Engine
+from train.metrics import Recorder
+from train.progress import Display
+from train.session import Session
+from train.signals import Signals
+
+
+def report_runs(places: Sequence[str], *, root: str, as_json: bool) -> None:
+    """Prints the tables of each run: its levels with their controls, and its error barriers."""
+    if not places:
+        raise UserError("name a run: tombola report runs/digits-imp")
+    console, documents = Console(), []
+    for place in places:
+        folder = _run(place, root)
+        tickets, results = gathered(folder, [stage.name for stage in read_run(folder).stages])
+        if as_json:
+            documents.append(_document(folder, tickets, results))
+            continue
+        console.print(f"{folder}\n", highlight=False, soft_wrap=True)
+        print_tables(console, tickets, results)
+    if as_json:
+        print(json.dumps(documents, indent=1))
+
+
+def _document(
+    folder: Folder, tickets: Sequence[Ticket], results: Sequence[Connectivity]
+) -> dict[str, Any]:
+    shown = compared(tickets, results)
+    stages = dict.fromkeys(ticket.stage for ticket in shown)
+    return {
+        "run": str(folder),
+        "stages": {stage: level_rows(shown, stage) for stage in stages},
+        "connectivity": [_as_json(result) for result in results],
+    }
+
+
+def _as_json(result: Connectivity) -> dict[str, Any]:
+    barriers = {split: curve.barrier for split, curve in result.curves.items()}
+    return {**result.to_json(), "barriers": barriers, "stable": result.is_stable}
+
+
+class _Trained(NamedTuple):
+    """A level of a run that is trained."""
+
+    run: Folder
+    ticket: Ticket
+
+    def weights(self) -> dict[str, Tensor]:
+        return trained_weights(self.ticket, self.run / self.ticket.place)
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.ticket.place}"
+
+
+def report_barrier(
+    places: Sequence[str], *, levels: Sequence[int], line: Line, root: str, as_json: bool
+) -> None:
+    """Measures the line between what two levels, or all levels of two runs, were trained to.
+
+    On the data and with the settings of the first run. Raises `UserError` where they have no level
+    of the same network in common.
+    """
+    pairs = _pairs(places, levels, root)
+    config = read_run(pairs[0][0].run)
+    results: list[Connectivity] = []
+    for stage in config.stages:
+        here = [pair for pair in pairs if pair[0].ticket.stage == stage.name]
+        if here:
+            engine = make_engine(stage)
+            display = Display(shown=engine.is_main and not as_json)
+            session = _session(stage, engine, here[0][0].run, display)
+            try:
+                results += [_measured(session, *pair, line) for pair in here]
+            finally:
+                display.close()
+            if engine.is_main and stage.name == pairs[-1][0].ticket.stage:
+                _print(results, pairs, as_json)
+            engine.close()
+
+
+def _pairs(
+    places: Sequence[str], levels: Sequence[int], root: str
+) -> list[tuple[_Trained, _Trained]]:
+    if len(places) != 2:
+        raise UserError("--barrier: name two runs, or two levels as RUN/STAGE/LEVEL")
+    first, second = (_levels_of(place, root) for place in places)
+    if len(first) == len(second) == 1:
+        pairs = [(first[0], second[0])]
+    else:
+        others = {one.ticket.place: one for one in second}
+        pairs = [(one, others[one.ticket.place]) for one in first if one.ticket.place in others]
+    pairs = [pair for pair in pairs if not levels or pair[0].ticket.level in levels]
+    if not pairs:
+        raise UserError(f"--barrier: {places[0]} and {places[1]} have no such level in common")
+    for one, other in pairs:
+        if one.ticket.model != other.ticket.model:
+            raise UserError(
+                f"--barrier: {one} and {other} are of different networks: no line leads from one "
+                "to the other"
+            )
+    return pairs
+
+
+def _levels_of(place: str, root: str) -> list[_Trained]:
+    """The level that a place names, or the levels of a run, without controls."""
+    single = find_single(place, root)
+    if single is not None:
+        level = Folder(single.removesuffix("/ticket.json"))
+        if not level.exists("ticket.json"):
+            raise UserError(f"{place}: is in a store, which has no trained weights; name a run's")
+        return [_Trained(level.parent.parent, find_ticket(single))]
+    run = _run(place, root)
+    return [_Trained(run, ticket) for ticket in TicketFolder(run).all() if not ticket.control]
+
+
+def _measured(session: Session, first: _Trained, second: _Trained, line: Line) -> Connectivity:
+    ticket = first.ticket
+    model = session.build_network(ticket.model.build()).module
+    what = f"{ticket.place}: interpolating"
+    curves = measure(session, model, first.weights(), second.weights(), line, what=what)
+    return Connectivity(
+        stage=ticket.stage,
+        name=ticket.name,
+        first=str(first),
+        second=str(second),
+        density=ticket.density,
+        batchnorm=line.treatment(model),
+        curves=curves,
+    )
+
+
+def _print(
+    results: Sequence[Connectivity], pairs: Sequence[tuple[_Trained, _Trained]], as_json: bool
+) -> None:
+    same = {str(one): _start(one.ticket) == _start(other.ticket) for one, other in pairs}
+    if as_json:
+        print(json.dumps([{**_as_json(r), "same_start": same[r.first]} for r in results], indent=1))
+        return
+    console = Console()
+    print_tables(console, [], results)
+    for result in results:
+        start = "the same weights and masks" if same[result.first] else "different tickets"
+        line = f"{result.first} and {result.second} were trained from {start}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _start(ticket: Ticket) -> tuple[str, str | None, int]:
+    """From which masks and weights a ticket is trained: what no noise changes."""
+    return ticket.stored_masks.digest, ticket.weights_digest, ticket.step
+
+
+# Runs ------------------------------------------------------------------------------------
+
+
+def _run(place: str, root: str) -> Folder:
+    """The folder of a run. Raises `UserError` for a store."""
+    tickets = find_tickets(place, root)
+    if not isinstance(tickets, TicketFolder):
+        raise UserError(f"{place}: is a ticket store; a report is of runs")
+    return tickets.folder
+
+
+def _session(stage: Stage, engine: Engine, run: Folder, display: Display) -> Session:
+    """A stage of a run, with which nothing is recorded or saved."""
+    signals = Signals(world_size=engine.world_size, is_main=engine.is_main, save_minutes=math.inf)
+    return Session(stage.settings, engine, run, Recorder(), display, signals)

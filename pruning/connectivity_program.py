@@ -1,0 +1,237 @@
+"""Instability analysis as a stage of a run: are two trainings of a ticket linearly connected?
+
+Frankle et al. 2020 (1912.05671). From one state (W_k, m) two copies are trained from k to T that
+differ in SGD noise alone: the order and the augmentation of the data, and dropout. Both are trained
+anew, since the ticket's own training may have carried the momentum of step k. With `other` nothing
+is trained: what two tickets of one network were trained to is compared, such as an elastic ticket
+and one that IMP found.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from data.errors import UserError
+from data.files import Folder
+from pruning.connectivity import (
+    BatchNorm,
+    Connectivity,
+    Line,
+    described,
+    find_result,
+    measure,
+    write_result,
+)
+from pruning.program import Arm, train_ticket
+from pruning.sources import Found, Promise, claim_sources, find_sources, foresee, require_weights
+from pruning.store import TicketFolder
+from pruning.tickets import Ticket
+from pruning.trained import trained_weights
+from pruning.weight_store import write_weights
+from train.session import Session, Start
+from train.settings import Settings
+from train.state import Network
+
+
+@dataclass(frozen=True)
+class ConnectivityConfig:
+    """Linear mode connectivity: the error barrier between two trainings of a ticket."""
+
+    ticket: str
+    """an earlier stage, or RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID as a path or URL"""
+    levels: tuple[int, ...] = ()
+    """which levels of it (default: its sparsest)"""
+    other: str | None = None
+    """compare with what this ticket was trained to, instead of training two copies of one"""
+    other_levels: tuple[int, ...] = ()
+    """which levels of the other (default: the same)"""
+    points: int = 30
+    """of the line, both ends included"""
+    batchnorm: BatchNorm = "recalibrate"
+    """statistics on the line: recalibrate on training batches, or interpolate"""
+    num_batches: int = 16
+    """global training batches to recalibrate on, at each point"""
+    train_images: int | None = None
+    """evaluate this many training images, spread evenly (default: all)"""
+
+    def __post_init__(self) -> None:
+        _ = self.line  # checks its parts
+        if self.other_levels and self.other is None:
+            raise ValueError(f"other_levels = {list(self.other_levels)}: needs other")
+
+    @property
+    def line(self) -> Line:
+        return Line(self.points, self.batchnorm, self.num_batches, self.train_images)
+
+
+def check_connectivity(
+    stage: str,
+    config: ConnectivityConfig,
+    settings: Settings,
+    *,
+    earlier: Mapping[str, Promise],
+    run: Folder,
+) -> None:
+    """Raises `UserError` for what can be known to fail before anything is trained."""
+    known = {"earlier": earlier, "run": run, "trained": config.other is not None}
+    where = f"stages.{stage}"
+    models = foresee(f"{where}.ticket", config.ticket, config.levels, **known)  # type: ignore[arg-type]
+    if config.other is None:
+        return
+    levels = config.other_levels or config.levels
+    others = foresee(f"{where}.other", config.other, levels, **known)  # type: ignore[arg-type]
+    if len({(model.name, str(model.arguments)) for model in (*models, *others)}) > 1:
+        raise UserError(
+            f"{where}.other = {config.other!r}: is of another network ({others[0].name}, not "
+            f"{models[0].name}): no line leads from one to the other"
+        )
+
+
+def run_connectivity(session: Session, stage: str, config: ConnectivityConfig) -> None:
+    """Measures every level that is not measured yet.
+
+    Raises `UserError` for tickets without weights to train from, or of different networks.
+    """
+    _Connectivity(session, stage, config).run()
+
+
+class _End(NamedTuple):
+    """A network that a line begins or ends with."""
+
+    place: str
+    weights: dict[str, Tensor]
+
+
+class _Connectivity:
+    """The program: each level that has its result is passed over."""
+
+    def __init__(self, session: Session, stage: str, config: ConnectivityConfig) -> None:
+        self.session, self.stage, self.config = session, stage, config
+        self.tickets = TicketFolder(session.folder)
+        self.found = self._find(config.ticket, config.levels)
+        self.others: list[Found] = []
+        if config.other is not None:
+            levels = config.other_levels or [one.ticket.level for one in self.found]
+            self.others = self._find(config.other, levels)
+            self._require_pairs()
+        for one in self.found:
+            self._require_fit(one.ticket)
+
+    def run(self) -> None:
+        engine, run, stop = self.session.engine, self.session.folder, self.session.total_steps
+        if not self.others:
+            self.session.display.plan(sum(2 * (stop - one.ticket.step) for one in self.found))
+        sources = self.found + self.others
+        engine.on_main(lambda: claim_sources(run, self.stage, sources))
+        for index, one in enumerate(self.found):
+            folder = run / f"{self.stage}/{_level(one.ticket)}"
+            if engine.on_main(partial(find_result, folder)) is None:
+                self._measure(one, self.others[index] if self.others else None)
+            elif not self.others:
+                self.session.display.skip(2 * (stop - one.ticket.step))
+
+    def _find(self, place: str, levels: Sequence[int]) -> list[Found]:
+        run = self.session.folder
+        return self.session.engine.on_main(lambda: find_sources(place, levels, run), patient=True)
+
+    def _require_pairs(self) -> None:
+        where = f"stages.{self.stage}.other = {self.config.other!r}"
+        if len(self.others) != len(self.found):
+            raise UserError(
+                f"{where}: {len(self.others)} levels to compare with {len(self.found)}: name as "
+                "many in other_levels as in levels"
+            )
+        for one, other in zip(self.found, self.others, strict=True):
+            if one.ticket.model != other.ticket.model:
+                raise UserError(
+                    f"{where}: {other.ticket.place} is of another network than {one.ticket.place}: "
+                    "no line leads from one to the other"
+                )
+
+    def _require_fit(self, ticket: Ticket) -> None:
+        session, model = self.session, ticket.model
+        where = f"stages.{self.stage}: ticket {ticket.place}"
+        data = len(session.data.classes), session.data.image_shape[0]
+        if (model.num_classes, model.in_chans) != data:
+            raise UserError(
+                f"{where} is of {model.num_classes} classes and {model.in_chans} channels, the "
+                f"data have {data[0]} and {data[1]}"
+            )
+        if not self.others:
+            require_weights(ticket)
+            if not ticket.step < session.total_steps:
+                raise UserError(
+                    f"{where} is of step {ticket.step}, beyond the end of the training at step "
+                    f"{session.total_steps} (train.total = {session.settings.train.total!r})"
+                )
+
+    def _measure(self, one: Found, other: Found | None) -> None:
+        session, line, name = self.session, self.config.line, _level(one.ticket)
+        network = session.build_network(one.ticket.model.build())
+        if other is None:
+            first, second = (self._copy(one.ticket, network, number) for number in (1, 2))
+        else:
+            first, second = _trained(one), _trained(other)
+        curves = measure(
+            session,
+            network.module,
+            first.weights,
+            second.weights,
+            line,
+            what=f"{self.stage}/{name}: interpolating",
+        )
+        result = Connectivity(
+            stage=self.stage,
+            name=name,
+            first=first.place,
+            second=second.place,
+            density=one.ticket.density,
+            batchnorm=line.treatment(network.module),
+            curves=curves,
+        )
+        session.engine.on_main(lambda: write_result(session.folder, result))
+        self._tell(result)
+
+    def _copy(self, ticket: Ticket, network: Network, number: int) -> _End:
+        """A training of the ticket with noise of its own."""
+        session, objects = self.session, self.tickets.objects
+        arm = Arm(
+            stage=self.stage,
+            method=f"copy-{number}",
+            level=ticket.level,
+            masks=lambda: ticket.read(session.engine).masks,
+            start=lambda: Start(ticket.weights()),
+            first_step=ticket.step,
+            stop=session.total_steps,
+            schedule=session.schedule,
+            seed_labels=("connectivity", "order", ticket.level, number),
+            parent=ticket,
+            model=ticket.model,
+            control=True,
+            rewind_step=ticket.step,
+            weights=lambda start: write_weights(objects, start.weights, session.engine),
+            config={"connectivity": asdict(self.config)},
+        )
+        copy = train_ticket(session, self.tickets, network, arm)
+        level = session.folder / f"{self.stage}/{arm.name}"
+        return _End(copy.place, trained_weights(copy, level))
+
+    def _tell(self, result: Connectivity) -> None:
+        session = self.session
+        place = {"event": "connectivity", "stage": self.stage, "level": result.name}
+        for split, curve in result.curves.items():
+            fact = {**place, "split": split, "step": session.total_steps}
+            session.recorder.record({**fact, "barrier": curve.barrier, "errors": curve.errors})
+        session.recorder.sync()
+        session.display.say(described(result))
+
+
+def _trained(one: Found) -> _End:
+    return _End(one.ticket.place, trained_weights(one.ticket, one.level))
+
+
+def _level(ticket: Ticket) -> str:
+    return f"level-{ticket.level:02d}"

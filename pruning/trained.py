@@ -1,0 +1,36 @@
+"""What the training of a ticket came to: weights that only the run's own checkpoint holds."""
+
+import re
+
+from torch import Tensor
+
+from data.errors import UserError
+from data.files import Folder
+from pruning.tickets import Ticket
+from train.checkpoint import Checkpoints
+from train.ranks import ALONE
+
+
+def trained_weights(ticket: Ticket, level: Folder | None) -> dict[str, Tensor]:
+    """The state at the end of a ticket's training, averaged (EMA) if it was; on the CPU.
+
+    `level` is the folder of its level in a run. Raises `UserError` where no checkpoint of the end
+    is there, `RunError` for a damaged one.
+    """
+    if level is None:
+        raise UserError(
+            f"ticket {ticket.id[:12]} comes from a store: trained weights are only in the folder "
+            "of a level in its run"
+        )
+    folder = level / "checkpoints"
+    names = [name for name in folder.names() if re.fullmatch(r"step-\d+", name)]
+    last = max((int(name.removeprefix("step-")) for name in names), default=-1)
+    if last <= ticket.step:
+        raise UserError(
+            f"{folder}: no checkpoint of the end of the training: trained weights are only in "
+            "the folder of a level in its run"
+        )
+    state = Checkpoints(folder, ALONE, keep=1).load(last)
+    weights: dict[str, Tensor] = state.get("ema") or state.get("model") or {}
+    ticket.require_fit(weights)
+    return weights
