@@ -1,13 +1,11 @@
 """MNIST-like idx files: read in every spelling, and refused when they are not whole."""
 
-import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from idx_files import Arrays, write
 from torchvision import datasets
 
 from data.arrays import idx
@@ -16,7 +14,6 @@ from data.errors import UserError
 from data.sources import Placement, open_data
 
 NAMES = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-Arrays = dict[str, NDArray[np.uint8]]
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +26,6 @@ def arrays() -> Arrays:
         "t10k-images": rng.integers(0, 256, (3, 5, 4), dtype=np.uint8),
         "t10k-labels": np.array([1, 3, 0], np.uint8),
     }
-
-
-def idx_bytes(array: NDArray[np.uint8]) -> bytes:
-    """An array as the format's description has it."""
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    return header + array.tobytes()
-
-
-def write(folder: Path, arrays: Arrays, *, dot: str = "-", packed: bool = False) -> None:
-    """The four files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        content = idx_bytes(array)
-        path = folder / f"{name}{dot}idx{array.ndim}-ubyte"
-        if packed:
-            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
-        else:
-            path.write_bytes(content)
 
 
 @pytest.mark.parametrize("dot", ["-", "."])

@@ -446,6 +446,27 @@ def test_an_evaluation_sees_each_image_once(
     assert labels == list(range(VAL))
 
 
+def test_training_images_are_measured_as_an_evaluation_shows_them(source: Source) -> None:
+    """All of them, or some evenly spread: decoded, cropped and ordered like held-out images."""
+    everything = list(source.open().training_images())
+    assert torch.cat([batch.labels for batch in everything]).tolist() == list(range(TRAIN))
+    images = torch.cat([batch.images for batch in everything])
+    assert images.shape == (TRAIN, 3, 32, 32)
+    again = torch.cat([batch.images for batch in source.open(augment=False).training_images()])
+    assert torch.equal(images, again)
+    for world_size in (1, 3):
+        some = [
+            batch
+            for rank in range(world_size)
+            for batch in source.open(
+                place={"rank": rank, "world_size": world_size}
+            ).training_images(5)
+        ]
+        chosen = torch.arange(5) * TRAIN // 5
+        assert torch.cat([batch.labels for batch in some]).equal(chosen)
+        assert torch.cat([batch.images for batch in some]).equal(images[chosen])
+
+
 def test_an_evaluation_that_is_left_halfway_starts_anew(source: Source) -> None:
     """While a training goes on beside it, whose batches do not change."""
     data = source.open()

@@ -1,0 +1,406 @@
+"""Linear mode connectivity: errors on the line, batch normalisation, the recipe, the report."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from killing import KILLED, killed_run
+from processes import run_ranks, tombola
+from test_elastic_runs import BASE, DEEPER, IMP, run
+from tiny import facts, ticket_facts, write_config
+from torch import Tensor, nn
+
+from data.errors import RunError
+from data.files import Folder
+from launch.cli import run_command
+from launch.config import read_config
+from launch.report import _session
+from launch.run import make_engine
+from pruning.connectivity import (
+    Connectivity,
+    Curve,
+    Line,
+    all_results,
+    find_result,
+    measure,
+    recalibrate,
+)
+from pruning.tickets import Ticket
+from train.progress import Display
+from train.session import Session
+
+STABLE = """
+[[stages]]
+name = "stable"
+recipe = "connectivity"
+ticket = "imp"
+levels = [0, 2]
+points = 5
+num_batches = 2
+"""
+LINE = """
+[[stages]]
+name = "imp-20"
+recipe = "imp"
+rounds = 1
+rewind = "5it"
+model.name = "cifar_resnet20"
+
+[[stages]]
+name = "line"
+recipe = "connectivity"
+ticket = "deeper"
+other = "imp-20"
+other_levels = [1]
+points = 3
+num_batches = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("connectivity")
+    return run(folder, BASE + IMP + STABLE + DEEPER + LINE)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    """Of the digits, with batches of 96, on one rank."""
+    stage = read_config(write_config(tmp_path, BASE + IMP)).stages[0]
+    engine = make_engine(stage)
+    return _session(stage, engine, Folder(tmp_path / "run"), Display(shown=False))
+
+
+# ---- the measure
+
+
+def test_the_barrier_is_the_peak_less_the_mean_of_the_ends() -> None:
+    """Not less than zero: an end may be the peak."""
+    assert Curve((0.1, 0.35, 0.2)).barrier == pytest.approx(0.2)
+    assert Curve((0.1, 0.05, 0.1)).barrier == pytest.approx(0.0)
+    assert Curve((0.3, 0.1, 0.1)).barrier == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "stable"), [((0.0, 0.019, 0.0), True), ((0.0, 0.02, 0.0), False)]
+)
+def test_stable_is_a_barrier_below_two_percent(errors: Any, stable: bool) -> None:
+    """... on every data set."""
+    curves = {"train": Curve((0.0, 0.0)), "test": Curve(errors)}
+    assert Connectivity("s", "level-00", "a", "b", 1.0, "none", curves).is_stable is stable
+
+
+class Threshold(nn.Module):
+    """Says class 0 where `weight` is below a half, class 1 otherwise, whatever the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = torch.zeros(len(images), 10, device=images.device)
+        scores[:, 0] = 0.5 - self.weight
+        scores[:, 1] = self.weight - 0.5
+        return scores
+
+
+def test_errors_are_measured_from_the_first_network_to_the_second(session: Session) -> None:
+    """At five points, on all training and test images: class 0 before the middle, 1 after it."""
+    ends = [{"weight": torch.tensor(value)} for value in (0.1, 0.8)]
+    curves = measure(session, Threshold(), *ends, Line(points=5), what="line")
+    labels = {"train": labels_of(session, "train"), "test": labels_of(session, "test")}
+    for split, curve in curves.items():
+        zero, one = (1 - float((labels[split] == label).float().mean()) for label in (0, 1))
+        assert curve.errors == pytest.approx((zero, zero, zero, one, one))
+
+
+def labels_of(session: Session, split: str) -> Tensor:
+    images = session.data.training_images() if split == "train" else session.data.evaluation[split]
+    return torch.cat([batch.labels for batch in images])
+
+
+def test_training_images_are_shown_as_in_an_evaluation(session: Session) -> None:
+    """Each once, not augmented, in their order; or that many, evenly spread."""
+    everything = torch.cat([batch.images for batch in session.data.training_images()])
+    fifth = session.data.training_images(len(everything) // 5)
+    some = torch.cat([batch.images for batch in fifth])
+    spread = np.arange(len(some)) * len(everything) // len(some)
+    assert fifth.num_samples == len(some) == len(everything) // 5
+    assert torch.equal(some, everything[spread])
+    assert session.data.training_images(10**9).num_samples == len(everything)
+    loader = session.data.loader(0)
+    assert len(everything) // 96 == loader.steps_per_epoch
+
+
+def test_statistics_are_recalibrated_as_means_over_training_batches(session: Session) -> None:
+    """Against the first batches of the stream, normalised by hand; the rest of the state stays."""
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    model[0].running_mean.fill_(7.0)  # type: ignore[operator, union-attr]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recalibrate(session, model, 3)
+    loader = iter(session.data.loader(session.seed("connectivity", "batchnorm")))
+    batches = [next(loader).images for _ in range(3)]
+    mean = torch.stack([batch.mean() for batch in batches]).mean()
+    var = torch.stack([batch.var() for batch in batches]).mean()
+    torch.testing.assert_close(model[0].running_mean, mean[None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0].running_var, var[None], rtol=1e-4, atol=1e-6)
+    assert torch.equal(model[2].weight, before["2.weight"])
+    assert model[0].momentum == 0.1
+
+
+def test_interpolated_statistics_are_those_of_the_line(session: Session) -> None:
+    """... and what was done is said."""
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    other = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    other[0].running_mean.fill_(2.0)  # type: ignore[operator, union-attr]
+    seen: list[float] = []
+    model.register_forward_hook(lambda *_: seen.append(float(model[0].running_mean)))  # type: ignore[arg-type]
+    line = Line(points=3, batchnorm="interpolate")
+    measure(session, model, model.state_dict(), other.state_dict(), line, what="line")
+    assert sorted(set(seen)) == [0.0, 1.0, 2.0]
+    assert line.treatment(model) == "statistics interpolated"
+    assert Line(num_batches=4).treatment(model) == ("statistics recalibrated on 4 training batches")
+    assert line.treatment(nn.Sequential(nn.GroupNorm(1, 2))) == "none in the network"
+
+
+# ---- the recipe
+
+
+def test_two_copies_differ_in_noise_alone(finished: Path) -> None:
+    """Both start from the masks and W_k of the ticket, with a fresh optimizer, on other orders."""
+    tickets = ticket_facts(finished)
+    for level in ("level-00", "level-02"):
+        source = Ticket.load(finished / f"imp/{level}")
+        copies = [Ticket.load(finished / f"stable/{level}-copy-{n}") for n in (1, 2)]
+        for copy in copies:
+            assert copy.masks.digest() == source.masks.digest()
+            assert copy.weights_digest == source.weights_digest
+            assert tickets[f"stable/{level}-copy-1"]["parent"] == source.id
+        losses = [
+            [
+                f["loss"]
+                for f in facts(finished)
+                if f["level"] == f"{level}-copy-{n}" and "loss" in f
+            ]
+            for n in (1, 2)
+        ]
+        assert losses[0] != losses[1]
+
+
+def test_the_ends_of_the_line_are_what_was_trained(finished: Path) -> None:
+    """With interpolated statistics the ends have exactly the copies' test errors."""
+    words = ["report", "--barrier", f"{finished}/stable/level-02-copy-1"]
+    words += [f"{finished}/stable/level-02-copy-2", "--batchnorm", "interpolate", "--points", "3"]
+    document = json_of(words)
+    errors = document[0]["curves"]["test"]
+    copies = [Ticket.load(finished / f"stable/level-02-copy-{n}") for n in (1, 2)]
+    accuracies = [copy.metrics["test"]["accuracy"] for copy in copies]
+    assert [errors[0], errors[-1]] == pytest.approx([1 - a for a in accuracies], abs=1e-9)
+    assert document[0]["same_start"] is True
+    assert document[0]["batchnorm"] == "statistics interpolated"
+
+
+def json_of(words: list[str]) -> Any:
+    """What a command prints with --json, and nothing else."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert run_command([*words, "--json"]) == 0
+    return json.loads(printed.getvalue())
+
+
+def test_every_level_has_its_result(finished: Path) -> None:
+    """Kept in its folder, and among the metrics, for training and test images."""
+    results = {f"{r.stage}/{r.name}": r for r in all_results(Folder(finished))}
+    assert results.keys() == {"stable/level-00", "stable/level-02", "line/level-02"}
+    for place, result in results.items():
+        assert result.curves.keys() == {"train", "test"}
+        points = 3 if place.startswith("line") else 5
+        assert all(len(curve.errors) == points for curve in result.curves.values())
+        assert result.batchnorm == "statistics recalibrated on 2 training batches"
+    recorded = [f for f in facts(finished) if f["event"] == "connectivity"]
+    assert len(recorded) == 6
+    for fact in recorded:
+        curve = results[f"{fact['stage']}/{fact['level']}"].curves[fact["split"]]
+        assert fact["barrier"] == curve.barrier
+        assert tuple(fact["errors"]) == curve.errors
+
+
+def test_two_tickets_of_one_network_are_compared_without_training(finished: Path) -> None:
+    """The elastic ticket and IMP's own, at levels that are named."""
+    (result,) = [r for r in all_results(Folder(finished)) if r.stage == "line"]
+    assert (result.first, result.second) == ("deeper/level-02", "imp-20/level-01")
+    assert result.density == Ticket.load(finished / "deeper/level-02").density
+    assert not list((finished / "line").glob("*/checkpoints"))
+
+
+def test_a_finished_run_does_nothing_and_prints_the_same(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = facts(finished)
+    root = finished.parent
+    assert run_command(["run", str(root / "tiny.toml"), "--root", str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert facts(finished) == before
+    assert "stable: error on the line" in printed
+    assert "BatchNorm: statistics recalibrated on 2 training batches" in " ".join(printed.split())
+    assert (finished / "connectivity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_measurement_is_done_again(tmp_path: Path) -> None:
+    """Killed after the first copy of a level: the run ends with the same lines."""
+    found = []
+    for name, kill in (("whole", False), ("killed", True)):
+        root = tmp_path / name
+        root.mkdir()
+        words = ["run", write_config(root, BASE + IMP + STABLE), "--root", str(root)]
+        if kill:
+            assert run_ranks(1, killed_run, words, "two levels", 4) == [KILLED]
+        assert tombola(*words) == [0]
+        found.append([r.to_json() for r in all_results(Folder(root / "tiny"))])
+    assert found[0] == found[1]
+
+
+def test_the_ranks_measure_together(finished: Path, tmp_path: Path) -> None:
+    """With interpolated statistics two ranks find the errors of one."""
+    text = (
+        BASE
+        + LINE.replace('"deeper"', f'"{finished}/deeper"')
+        .replace('other = "imp-20"', f'other = "{finished}/imp-20"\nbatchnorm = "interpolate"')
+        .partition("model.name")[2]
+        .partition("\n")[2]
+    )
+    found = []
+    for world_size in (1, 2):
+        root = tmp_path / str(world_size)
+        root.mkdir()
+        words = ["run", write_config(root, text), "--root", str(root)]
+        assert tombola(*words, world_size=world_size) == [0] * world_size
+        result = find_result(Folder(root / "tiny/line/level-02"))
+        assert result is not None
+        found.append(result.curves)
+    assert found[0] == found[1]
+
+
+MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "different networks": (
+        IMP + DEEPER + STABLE,
+        ("--stages.stable.other", "deeper"),
+        "stages.stable.other = 'deeper': is of another network (cifar_resnet20, not",
+    ),
+    "no other stage": (
+        IMP + STABLE,
+        ("--stages.stable.other", "ipm"),
+        "stages.stable.other = 'ipm': is no earlier stage with tickets; did you mean 'imp'?",
+    ),
+    "no weights": (
+        IMP + STABLE,
+        ("--stages.imp.mode", "finetune"),
+        "its mode is 'finetune', which keeps no weights of step k",
+    ),
+    "too few points": (IMP + STABLE, ("--stages.stable.points", "2"), "must be at least 3"),
+    "no other": (IMP + STABLE, ("--stages.stable.other-levels", "1"), "needs other"),
+    "a stage that makes no tickets": (
+        IMP + STABLE + DEEPER.replace('"imp"', '"stable"'),
+        (),
+        "stages.deeper.ticket = 'stable': is no earlier stage with tickets",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_trained(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, options, expected = MISTAKES[name]
+    words = ["run", write_config(tmp_path, BASE + text), "--root", str(tmp_path), *options]
+    assert run_command(words) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_learning_rate_rewinding_is_compared_by_what_it_was_trained_to(tmp_path: Path) -> None:
+    """With `other` no weights of step k are needed."""
+    text = BASE + IMP + STABLE.replace("levels = [0, 2]", 'other = "imp"\nlevels = [1]')
+    done = run(tmp_path, text + "other_levels = [2]\n", "--stages.imp.mode", "lr")
+    assert find_result(Folder(done / "stable/level-01")) is not None
+
+
+def test_a_result_that_is_damaged_is_named(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run/line/level-02/connectivity.json"
+    path.write_text(path.read_text().replace("deeper", "deepor"))
+    with pytest.raises(RunError, match=r"connectivity\.json: damaged: its content does not match"):
+        find_result(Folder(path.parent))
+
+
+# ---- the report
+
+
+def test_a_report_shows_the_tables_of_runs(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["report", str(finished)]) == 0
+    printed = capsys.readouterr().out
+    for title in ("imp: test accuracy", "deeper: test accuracy", "line: error on the line"):
+        assert title in printed
+    assert printed.index("imp: test") < printed.index("deeper: test")  # as in the configuration
+
+
+def test_a_report_as_json(finished: Path) -> None:
+    """Every level with its accuracies, IMP's beside elastic ones, and every barrier."""
+    (document,) = json_of(["report", str(finished)])
+    assert list(document["stages"]) == ["imp", "deeper", "imp-20"]
+    assert [row["level"] for row in document["stages"]["imp"]] == [0, 1, 2]
+    accuracy = Ticket.load(finished / "deeper/level-02").metrics["test"]["accuracy"]
+    assert document["stages"]["deeper"][0]["ticket"] == accuracy
+    assert [line["stage"] for line in document["connectivity"]] == ["stable", "stable", "line"]
+    assert document["connectivity"][0]["barriers"].keys() == {"train", "test"}
+
+
+def test_a_barrier_between_two_runs_is_measured_level_by_level(
+    finished: Path, tmp_path: Path
+) -> None:
+    """A run against another of the same tickets that saw the data in another order."""
+    other = run(tmp_path, BASE + IMP, "--seed", "4", "--stages.imp.rounds", "1")
+    words = ["report", str(finished), str(other), "--barrier", "--points", "3"]
+    document = json_of([*words, "--num-batches", "2", "--train-images", "100"])
+    assert [(line["stage"], line["name"]) for line in document] == [
+        ("imp", "level-00"),
+        ("imp", "level-01"),
+    ]
+    assert [line["same_start"] for line in document] == [False, False]
+    (only,) = json_of([*words, "--num-batches", "2", "--levels", "1"])
+    assert only["name"] == "level-01"
+
+
+def test_the_report_prints_one_line_for_a_mistake(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(finished)
+    assert run_command(["tickets", "copy", f"{place}/imp/level-01", str(tmp_path / "store")]) == 0
+    capsys.readouterr()
+    stored = f"{tmp_path}/store/{Ticket.load(finished / 'imp/level-01').id}"
+    expected = {
+        (): "name a run",
+        (place, "--barrier"): "name two runs, or two levels",
+        (place, "--levels", "1"): "go with --barrier",
+        (place, "--barrier", "--points", "1"): "--points = 1: must be at least 3",
+        (f"{tmp_path}/store",): "is a ticket store; a report is of runs",
+        (stored, place, "--barrier"): "is in a store, which has no trained weights",
+        (f"{place}/imp/level-01", f"{place}/deeper/level-02", "--barrier"): "different networks",
+        (place, place, "--barrier", "--levels", "7"): "have no such level in common",
+        (f"{place}x",): "no run and no ticket store there",
+    }
+    for words, line in expected.items():
+        assert run_command(["report", *words]) == 2
+        printed = capsys.readouterr().err
+        assert line in printed
+        assert printed.count("\n") == 1
