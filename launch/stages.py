@@ -7,8 +7,8 @@ from rich.table import Table
 
 from data.errors import UserError
 from pruning.elastic import DepthChange, Order, format_map, stages
-from pruning.stages import Stage
 from train.models import ModelConfig, ModelSpec
+from train.stages import Stage
 
 
 def show_stages(model: str, *, to: str | None, order: Order, as_json: bool) -> None:

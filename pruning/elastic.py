@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from data.errors import UserError
-from pruning.stages import Stage, described, stages
+from train.stages import Stage, described, stages
 
 __all__ = [
     "DepthChange",

@@ -27,7 +27,7 @@ def test_a_run_prints_a_table_and_draws_a_plot(
     """Level, density, accuracy of ticket and control, images/s; a PNG in the run folder."""
     run_command(["run", str(root / "tiny.toml"), "--root", str(root)])
     printed = capsys.readouterr().out
-    for heading in ("level", "density", "ticket accuracy", "random accuracy", "images/s"):
+    for heading in ("level", "density", "test accuracy", "ticket", "random", "images/s"):
         assert heading in printed
     assert "35.98%" in printed
     assert f"{root}/tiny/accuracy.png" in printed

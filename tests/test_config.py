@@ -9,8 +9,12 @@ import tomli_w
 from tiny import TOML, write_config
 
 from data.errors import UserError
+from data.files import Folder
 from launch.config import flat, read_config
+from launch.run import check_stages
+from pruning.elastic import format_map
 from pruning.imp import ImpConfig
+from train.models import ModelSpec
 
 CONFIGS = sorted((Path(__file__).parent.parent / "launch/configs").glob("*.toml"))
 
@@ -21,6 +25,33 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     config = read_config(str(path))
     assert config.settings.name == path.stem
     assert f"launch/configs/{path.name}" in path.read_text().split("\nname = ")[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_passes_the_checks_before_a_run(
+    path: Path, tmp_path: Path
+) -> None:
+    """Its stages name stages before them, and their networks are of one family."""
+    check_stages(read_config(str(path)), Folder(tmp_path))
+
+
+def test_the_elastic_configurations_have_the_papers_maps() -> None:
+    """ResNet-32 to 44 and ResNet-18 to 34 by `append`, ResNet-18 to the paper's ResNet-26."""
+    expected = {
+        "cifar10-resnet32-to-44": {"to-44": "0:0;1:1,3;2:2,4;3:5;4:6", "to-20": "0:0;1:1;3:2"},
+        "imagenet-resnet18-to-34": {
+            "to-26": "0:0;1:1|0:0;1:1,2|0:0;1:1,2,3|0:0;1:1,2",
+            "to-34": "0:0;1:1,2|0:0;1:1,2,3|0:0;1:1,2,3,4,5|0:0;1:1,2",
+        },
+    }
+    for name, maps in expected.items():
+        source, *others = read_config(str(CONFIGS[0].parent / f"{name}.toml")).stages
+        for stage in others:
+            specs = [
+                ModelSpec.of(one.settings.model, num_classes=10, in_chans=3)
+                for one in (source, stage)
+            ]
+            assert format_map(stage.config.change(*specs).maps) == maps[stage.name]
 
 
 def test_the_imagenet_configuration_is_the_papers_recipe() -> None:

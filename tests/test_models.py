@@ -1,5 +1,6 @@
 """Models by name: shapes, sizes, initial weights and the errors of a wrong configuration."""
 
+import json
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 from train.cifar import EXAMPLES, CifarResNet, CifarVgg, find_network
 from train.models import ModelConfig, ModelSpec
+from train.stages import stages
 
 
 def build(name: str, *, seed: int = 0, num_classes: int = 10, in_chans: int = 3) -> nn.Module:
@@ -274,3 +276,55 @@ def test_an_option_that_does_not_belong_is_named(arguments: dict[str, Any], mess
 def test_known_names_are_accepted(name: str) -> None:
     """A timm model, one with the tag of its pretrained weights, a CIFAR network."""
     assert ModelConfig(name).name == name
+
+
+# ---- blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("resnet18", (2, 3, 4, 3)),  # the ResNet-26 of 2103.16547, which is not timm's
+        ("resnet50", (1, 1, 2, 1)),
+        ("resnetv2_50", (1, 2, 3, 1)),
+        ("convnext_atto", (1, 2, 3, 1)),
+        ("vit_tiny_patch16_224", (5,)),
+        ("cifar_resnet20", (1, 2, 4)),
+    ],
+)
+def test_a_network_may_have_other_numbers_of_blocks(name: str, blocks: tuple[int, ...]) -> None:
+    """... and its specification, which stands in tickets, holds them as JSON does."""
+    spec = ModelSpec.of(ModelConfig(name, blocks=blocks), num_classes=10, in_chans=3)
+    assert [stage.num_blocks for stage in stages(spec.outline())] == list(blocks)
+    assert json.loads(json.dumps(spec.arguments)) == spec.arguments
+
+
+def test_the_blocks_of_the_name_build_the_same_network() -> None:
+    usual, named = (
+        ModelSpec("resnet18", 10, 3, arguments).build(1)
+        for arguments in ({}, {"blocks": [2, 2, 2, 2]})
+    )
+    assert equal_states(usual, named)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "problem"),
+    [
+        ("resnet18", [2, 3, 4], "it has 4 stages \\(layer1 2, layer2 2, layer3 2, layer4 2\\)"),
+        ("cifar_resnet20", [1, 2], "give one number for each of 3 stages"),
+        ("regnetx_002", [1, 1, 4, 8], "it takes no such list; leave model.blocks out"),
+        ("vit_tiny_patch16_224", [5, 5], "it has 1 stages"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_one_line(name: str, blocks: list[int], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        ModelSpec(name, 10, 3, {"blocks": blocks}).build()
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("cifar_vgg16", (1, 1, 1, 1, 1)), ("resnet18", ()), ("resnet18", (0, 1, 1, 1))],
+)
+def test_a_wrong_number_of_blocks_is_refused(name: str, blocks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="blocks"):
+        ModelConfig(name, blocks=blocks)

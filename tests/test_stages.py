@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from pruning.stages import Stage, described, stages
 from train.models import ModelSpec
+from train.stages import Stage, described, stages
 
 FOUND = {
     "cifar_resnet8": "stages.0 1, stages.1 1, stages.2 1",

@@ -9,7 +9,7 @@ Both take images of any size, and a normalisation that does not depend on the ba
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +49,10 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """`[N, in_chans, H, W]` to `[N, num_classes]` through stages of `width`, 2 and 4 `width`."""
+    """`[N, in_chans, H, W]` to `[N, num_classes]` through stages of `width`, 2 and 4 `width`.
+
+    `blocks` gives each stage's number of blocks, in place of those of the depth.
+    """
 
     def __init__(
         self,
@@ -59,21 +62,25 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         width: int = 16,
         norm: str = "batch",
+        blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         make_norm = NORMS[norm]
+        num_blocks = [(depth - 2) // 6] * 3 if blocks is None else blocks
+        if len(num_blocks) != 3:
+            raise ValueError(f"blocks = {list(num_blocks)}: give one number for each of 3 stages")
         self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
         self.norm1 = make_norm(width)
         stages: list[nn.Module] = []
         channels = width
         for stage in range(3):
             out = width << stage
-            blocks: list[nn.Module] = []
-            for block in range((depth - 2) // 6):
+            units: list[nn.Module] = []
+            for block in range(num_blocks[stage]):
                 stride = 2 if stage and not block else 1
-                blocks.append(BasicBlock(channels, out, stride=stride, norm=make_norm))
+                units.append(BasicBlock(channels, out, stride=stride, norm=make_norm))
                 channels = out
-            stages.append(nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*units))
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(channels, num_classes)
         _initialise(self)

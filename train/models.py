@@ -1,5 +1,6 @@
 """Models by name: any timm model, and the CIFAR networks of the papers."""
 
+import inspect
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from data.errors import UserError, did_you_mean
 from train import cifar
+from train.stages import described, stages
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class ModelConfig:
     """channels of the first stage, CIFAR networks only (default: 16 for ResNets, 64 for VGGs)"""
     norm: str | None = None
     """batch or group, CIFAR networks only (default: batch)"""
+    blocks: tuple[int, ...] | None = None
+    """blocks in each stage, in place of those of the name: 2 3 4 3 for a ResNet between 18 and 34;
+    CIFAR ResNets, and of timm what takes layers, depths or depth (ResNet, ConvNeXt, ViT)"""
     drop_rate: float | None = None
     """dropout before the classifier, timm models only"""
     drop_path_rate: float | None = None
@@ -42,6 +47,10 @@ class ModelConfig:
             raise ValueError(f"norm = {self.norm!r}: must be one of {', '.join(cifar.NORMS)}")
         if self.width is not None and self.width < 1:
             raise ValueError(f"width = {self.width}: must be at least 1")
+        if self.blocks is not None and self.name.startswith("cifar_vgg"):
+            raise ValueError(f"blocks is no option of {self.name}")
+        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1):
+            raise ValueError(f"blocks = {self.blocks}: must be at least 1 in each stage")
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class ModelSpec:
     def of(cls, config: ModelConfig, *, num_classes: int, in_chans: int) -> "ModelSpec":
         """The network of `config` for a data set's classes and channels."""
         chosen = {k: v for k, v in asdict(config).items() if k != "name" and v is not None}
+        if config.blocks is not None:
+            chosen["blocks"] = list(config.blocks)  # as JSON has it, in which tickets are kept
         return cls(config.name, num_classes, in_chans, chosen)
 
     def build(self, seed: int = 0) -> nn.Module:
@@ -73,22 +84,46 @@ class ModelSpec:
         torch's generators are left as they were. Raises `UserError` where the network does
         not take its arguments.
         """
-        arguments = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.arguments}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # and no generator of a GPU
             try:
-                network = cifar.find_network(self.name)
-                model = (
-                    timm.create_model(self.name, **arguments)
-                    if network is None
-                    else network(**arguments)
-                )
+                return self._build()
             except (TypeError, AttributeError, RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"model {self.name}: {reason}") from error
+
+    def _build(self) -> nn.Module:
+        arguments = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.arguments}
+        blocks = arguments.get("blocks")
+        network = cifar.find_network(self.name)
+        if network is not None:
+            return network(**arguments)
+        if blocks is not None:
+            del arguments["blocks"]
+            arguments |= _as_timm_has_it(self.name, blocks)
+        model: nn.Module = timm.create_model(self.name, **arguments)
+        if blocks is not None and blocks != [stage.num_blocks for stage in stages(model)]:
+            raise ValueError(
+                f"blocks = {blocks}: does not fit its stages, {described(stages(model))}"
+            )
         return model
 
     def outline(self) -> nn.Module:
         """The network without memory for its weights (on torch's `meta`). Raises as `build`."""
         with torch.device("meta"):
             return self.build()
+
+
+def _as_timm_has_it(name: str, blocks: list[int]) -> dict[str, Any]:
+    """The argument by which a timm model takes its blocks. Raises `ValueError` if none does."""
+    with torch.device("meta"):
+        usual = timm.create_model(name)
+    found, known = stages(usual), inspect.signature(type(usual).__init__).parameters
+    if len(found) != len(blocks):
+        raise ValueError(f"blocks = {blocks}: it has {len(found)} stages ({described(found)})")
+    if "depth" in known:
+        return {"depth": blocks[0]}
+    for argument in ("layers", "depths"):
+        if argument in known:
+            return {argument: tuple(blocks)}
+    raise ValueError(f"blocks = {blocks}: it takes no such list; leave model.blocks out")
