@@ -48,10 +48,10 @@ def accuracy(ticket: Ticket) -> float:
     return float(ticket.metrics["test"]["accuracy"])
 
 
-def compared(tickets: Sequence[Ticket], results: Sequence[Connectivity]) -> list[Ticket]:
-    """The tickets but for the copies that were trained to measure a line."""
-    measured = {result.stage for result in results}
-    return [ticket for ticket in tickets if ticket.stage not in measured]
+def compared(tickets: Sequence[Ticket]) -> list[Ticket]:
+    """The tickets but for stages of copies alone, which were trained to measure a line."""
+    stages = {ticket.stage for ticket in tickets if not ticket.control}
+    return [ticket for ticket in tickets if ticket.stage in stages]
 
 
 def _searched(ticket: Ticket, tickets: Sequence[Ticket]) -> Ticket | None:

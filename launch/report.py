@@ -47,7 +47,7 @@ def report_runs(places: Sequence[str], *, root: str, as_json: bool) -> None:
 def _document(
     folder: Folder, tickets: Sequence[Ticket], results: Sequence[Connectivity]
 ) -> dict[str, Any]:
-    shown = compared(tickets, results)
+    shown = compared(tickets)
     stages = dict.fromkeys(ticket.stage for ticket in shown)
     return {
         "run": str(folder),

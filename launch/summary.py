@@ -26,7 +26,7 @@ def summarise(folder: Folder, stages: Sequence[str]) -> None:
     console = Console()
     tickets, results = gathered(folder, stages)
     print_tables(console, tickets, results)
-    shown = compared(tickets, results)
+    shown = compared(tickets)
     pictures: dict[str, bytes] = {}
     if shown:
         pictures["accuracy.png"] = accuracy_plot(shown)
@@ -41,7 +41,7 @@ def print_tables(
     console: Console, tickets: Sequence[Ticket], results: Sequence[Connectivity]
 ) -> None:
     """A table a stage: its levels, or the lines that were measured in it."""
-    shown = compared(tickets, results)
+    shown = compared(tickets)
     for stage in dict.fromkeys(ticket.stage for ticket in shown):
         console.print(level_table(shown, stage), "")
     if any(ticket.method == "elastic" for ticket in shown):

@@ -56,7 +56,7 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
         layers = [{**vars(row), "density": row.density} for row in rows]
         print(json.dumps({**ticket.summary(), "layers": layers}, indent=1))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"{ticket.place}  {ticket.id}")
     lineage = (ticket.place, *(ancestor.place for ancestor in ticket.lineage))
     console.print(f"lineage   {' <- '.join(lineage)}")
@@ -66,6 +66,9 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
     start = ticket.weights_digest or "none: not found by weight rewinding"
     console.print(f"weights   step {ticket.step}: {start[:40]}")
     console.print(f"stored    {_stored_bytes(ticket)}")
+    blocks = ticket.config.get("map")
+    if isinstance(blocks, str) and blocks.isprintable():
+        console.print(f"map       {blocks} (blocks of its parent: blocks here)")
     for split, values in ticket.metrics.items():
         console.print(f"{split:9} {_numbers(values)}")
     table = Table("layer", "shape", "kept", "of", "density")

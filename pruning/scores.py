@@ -41,7 +41,7 @@ def snip(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for images, labels in batches:
-            loss = F.cross_entropy(model(images).float(), labels, reduction="sum")
+            loss = F.cross_entropy(model(images.float()), labels, reduction="sum")
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient

@@ -13,6 +13,8 @@ from data.errors import UserError, did_you_mean
 from train import cifar
 from train.stages import described, stages
 
+_MOST_BLOCKS = 1000
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -49,8 +51,12 @@ class ModelConfig:
             raise ValueError(f"width = {self.width}: must be at least 1")
         if self.blocks is not None and self.name.startswith("cifar_vgg"):
             raise ValueError(f"blocks is no option of {self.name}")
-        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1):
-            raise ValueError(f"blocks = {self.blocks}: must be at least 1 in each stage")
+        if self.blocks is not None and not (
+            self.blocks and 1 <= min(self.blocks) and max(self.blocks) <= _MOST_BLOCKS
+        ):
+            raise ValueError(
+                f"blocks = {self.blocks}: must be from 1 to {_MOST_BLOCKS} in each stage"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class ModelSpec:
         """Raises `ValueError` for what would fetch or unpickle a file: a ticket may be anyone's."""
         if re.search(r"[:/]", self.name):
             raise ValueError(f"model {self.name!r} is not one that is built here")
+        blocks = self.arguments.get("blocks", [1])
+        if not isinstance(blocks, list) or not all(
+            type(count) is int and 0 < count <= _MOST_BLOCKS for count in blocks
+        ):
+            shown = f"{blocks!r:.40}"
+            raise ValueError(f"blocks = {shown}: not a list of numbers from 1 to {_MOST_BLOCKS}")
         for argument in self.arguments:
             if re.search(r"pretrained|checkpoint|cache|_file", argument):
                 raise ValueError(f"model argument {argument!r} reads a file")
