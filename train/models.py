@@ -52,7 +52,7 @@ class ModelConfig:
         if self.blocks is not None and self.name.startswith("cifar_vgg"):
             raise ValueError(f"blocks is no option of {self.name}")
         if self.blocks is not None and not (
-            self.blocks and 1 <= min(self.blocks) and max(self.blocks) <= _MOST_BLOCKS
+            self.blocks and min(self.blocks) >= 1 and max(self.blocks) <= _MOST_BLOCKS
         ):
             raise ValueError(
                 f"blocks = {self.blocks}: must be from 1 to {_MOST_BLOCKS} in each stage"
