@@ -93,7 +93,7 @@ def test_tickets_that_are_not_there(root: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_wrong_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, ["runn"])
-    assert "Unrecognized options: runn; available subcommands: run, tickets, export, data" in line
+    assert "Unrecognized options: runn; available subcommands: run, tickets, export, report" in line
     assert "see tombola --help" in fails(capsys, ["run"])
     assert "see tombola --help" in fails(capsys, ["tickets", "list"])
     assert "see tombola --help" in fails(capsys, ["bench", "engines"])
