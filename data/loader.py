@@ -68,6 +68,10 @@ class EvaluationSet(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
 
+    def undecodable(self) -> list[int]:
+        """The numbers of the images of this share that cannot be decoded; decodes them all."""
+        ...
+
 
 def check_shares(batch_size: int, world_size: int) -> None:
     """Raises `UserError` where a rank would have no image in a step."""
@@ -147,3 +151,7 @@ class MemoryEvaluationSet:
     def __iter__(self) -> Iterator[Batch]:
         for part in shard(self.num_samples, self._batch_size, self._rank, self._world_size):
             yield Batch(self._images[part], self._labels[part])
+
+    def undecodable(self) -> list[int]:
+        """None: all images are there."""
+        return []

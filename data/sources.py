@@ -1,6 +1,7 @@
 """Opens a configuration's data set: the one place that knows which loader serves which source."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,8 +34,10 @@ class MakeLoader(Protocol):
 
 
 class MakeEvaluationSet(Protocol):
-    def __call__(self, num_images: int | None = None) -> EvaluationSet:
-        """That many images, spread evenly over the data set, or all."""
+    def __call__(
+        self, num_images: int | None = None, *, without: Sequence[int] = ()
+    ) -> EvaluationSet:
+        """That many images, spread evenly over the data set, or all; some left out."""
         ...
 
 
@@ -161,8 +164,10 @@ def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> D
             world_size=place.world_size,
         )
 
-    def training_images(num_images: int | None = None) -> MemoryEvaluationSet:
-        chosen = _spread(len(arrays.train.labels), num_images)
+    def training_images(
+        num_images: int | None = None, *, without: Sequence[int] = ()
+    ) -> MemoryEvaluationSet:
+        chosen = np.setdiff1d(_spread(len(arrays.train.labels), num_images), without)
         train = Split(arrays.train.images[chosen], arrays.train.labels[chosen])
         return evaluated(*resident(train))
 
@@ -214,9 +219,12 @@ def _open_files(config: DataConfig, catalogue: Catalogue, place: Placement) -> D
             **ranks,
         )
 
-    def training_images(num_images: int | None = None) -> FileEvaluationSet:
+    def training_images(
+        num_images: int | None = None, *, without: Sequence[int] = ()
+    ) -> FileEvaluationSet:
         usable = np.flatnonzero(train.manifest.problems == 0)
-        return evaluated("train", usable[_spread(len(usable), num_images)])
+        chosen = usable[_spread(len(usable), num_images)]
+        return evaluated("train", np.setdiff1d(chosen, without))
 
     evaluation: dict[str, EvaluationSet] = {
         split: evaluated(split) for split in catalogue.splits if split != "train"

@@ -6,7 +6,7 @@ what was prefetched can be dropped, and the number of ranks changes nothing.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -221,13 +221,39 @@ class FileEvaluationSet:
                 self._refuse_bad(drawn)
                 trials.failed(done, error)
 
+    def undecodable(self) -> list[int]:
+        """The manifest's numbers of this rank's images that cannot be decoded.
+
+        Decodes each of them once. Raises `RunError` where a reading fails again and again.
+        """
+        found: list[int] = []
+        left, trials = list(self._shares()), Trials()
+        while left:
+            drawn: deque[NDArray[np.int64]] = deque()
+            num_left = len(left)
+            try:
+                for _ in decoded(self._decoding, self._feeds_of(_noted(left, drawn))):
+                    drawn.popleft()
+                    num_left -= 1
+                return found
+            except DecodeError as error:
+                bad = [image for image, _ in self._bad_of(drawn)]
+                if not bad:
+                    trials.failed(num_left, error)
+                found += bad
+                rest = (part[~np.isin(part, bad)] for part in left[len(left) - num_left :])
+                left = [part for part in rest if len(part)]
+        return found
+
+    def _shares(self) -> Iterator[NDArray[np.int64]]:
+        """This rank's batches."""
+        batch_size = self._decoding.batch_size
+        for part in shard(self.num_samples, batch_size, self._rank, self._world_size):
+            yield self._images[part]
+
     def _parts(self, first: int, drawn: deque[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
         """This rank's batches from the `first` on; each that is drawn is added to `drawn`."""
-        batch_size = self._decoding.batch_size
-        parts = shard(self.num_samples, batch_size, self._rank, self._world_size)
-        for part in islice(parts, first, None):
-            drawn.append(self._images[part])
-            yield drawn[-1]
+        return _noted(islice(self._shares(), first, None), drawn)
 
     def _feeds_of(self, parts: Iterator[NDArray[np.int64]]) -> Feeds:
         for part, encoded in self._encoded.ahead(parts, lambda part: part):
@@ -248,10 +274,23 @@ class FileEvaluationSet:
 
     def _refuse_bad(self, drawn: deque[NDArray[np.int64]]) -> None:
         """Raises `RunError` naming the first image that cannot be decoded, if there is one."""
+        for image, reason in self._bad_of(drawn):
+            raise RunError(
+                f"cannot decode {self._encoded.manifest.where(image)}, of the evaluated images: "
+                f"{reason}; mend or remove the file: an evaluation leaves no image out"
+            )
+
+    def _bad_of(self, drawn: deque[NDArray[np.int64]]) -> Iterator[tuple[int, str]]:
+        """The images of these batches that cannot be decoded, and why."""
         ones = [np.array([image]) for part in drawn for image in part.tolist()]
         found = undecodable(self._encoded, self._decoding, ones, lambda one: one, self._feed)
-        for (image,), reason in found:
-            raise RunError(
-                f"cannot decode {self._encoded.manifest.where(int(image))}, of the evaluated "
-                f"images: {reason}; mend or remove the file: an evaluation leaves no image out"
-            )
+        return ((int(image), reason) for (image,), reason in found)
+
+
+def _noted(
+    parts: Iterable[NDArray[np.int64]], drawn: deque[NDArray[np.int64]]
+) -> Iterator[NDArray[np.int64]]:
+    """The parts as they are; each that is drawn is added to `drawn`."""
+    for part in parts:
+        drawn.append(part)
+        yield part

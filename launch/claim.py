@@ -20,6 +20,7 @@ from data.errors import UserError
 from data.files import Folder
 from data.record import Record, differences
 from launch.config import RunConfig, flat, parse_document
+from pruning.sources import RECORD
 from train.engine import Engine
 from train.versions import software_versions
 
@@ -60,7 +61,7 @@ def claimed(folder: Folder, config: RunConfig, engine: Engine) -> Iterator[None]
     def take() -> None:
         if folder.local_path is not None:
             held.append(_lock(folder.local_path))
-        if folder.exists("config.toml") and set(folder.names()) - _NO_RESULTS:
+        if folder.exists("config.toml") and _has_results(folder):
             _require_same(folder, config)
         folder.write("config.toml", tomli_w.dumps(config.document()).encode())
         folder.write_json("environment.json", [*_attempts(folder), environment(engine)])
@@ -81,17 +82,28 @@ def claim_data(folder: Folder, stage: str, record: Record, engine: Engine) -> No
 
     def claim() -> None:
         records = folder.read_json("data.json") if folder.exists("data.json") else {}
-        if stage in records and folder.exists(stage):
-            differing = differences(records[stage], record)
-            if differing:
-                raise UserError(
-                    f"{folder} was begun on other data: {differing}. Mend data.root, or choose "
-                    "another --name"
-                )
+        if stage in records and set((folder / stage).names()) - {RECORD}:
+            require_data(folder, stage, record)
         elif records.get(stage) != record:
             folder.write_json("data.json", {**records, stage: record})
 
     engine.on_main(claim)
+
+
+def require_data(folder: Folder, stage: str, record: Record) -> None:
+    """Raises `UserError` saying how the data differ from those that a stage was trained on."""
+    differing = differences(folder.read_json("data.json")[stage], record)
+    if differing:
+        raise UserError(
+            f"{folder} was begun on other data: {differing}. Mend data.root, or choose another "
+            "--name"
+        )
+
+
+def _has_results(folder: Folder) -> bool:
+    """Whether there is anything to lose; that a stage has found its tickets is nothing yet."""
+    found = set(folder.names()) - _NO_RESULTS
+    return any(set((folder / name).names()) - {RECORD} for name in found)
 
 
 def read_run(folder: Folder) -> RunConfig:

@@ -95,6 +95,8 @@ class Report:
     """with --barrier: global training batches to recalibrate on, at each point"""
     train_images: int | None = None
     """with --barrier: evaluate this many training images, spread evenly (default: all)"""
+    data_root: str | None = None
+    """with --barrier: where the data are now (default: where the run had them)"""
     root: str = "runs"
     """folder or URL that holds the runs"""
     json: bool = False
@@ -110,9 +112,14 @@ class Report:
             raise UserError(f"--{str(error).replace('_', '-')}") from None
         if self.barrier:
             report_barrier(
-                self.places, levels=self.levels, line=line, root=self.root, as_json=self.json
+                self.places,
+                levels=self.levels,
+                line=line,
+                data_root=self.data_root,
+                root=self.root,
+                as_json=self.json,
             )
-        elif self.levels or line != Line():
+        elif self.levels or self.data_root is not None or line != Line():
             raise UserError("--levels, --points and their like go with --barrier")
         else:
             report_runs(self.places, root=self.root, as_json=self.json)

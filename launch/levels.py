@@ -55,7 +55,14 @@ def compared(tickets: Sequence[Ticket]) -> list[Ticket]:
 
 
 def _searched(ticket: Ticket, tickets: Sequence[Ticket]) -> Ticket | None:
-    """IMP's ticket of the same network with the nearest density, if there is any within a third."""
-    known = [t for t in tickets if t.method == "imp" and not t.control and t.model == ticket.model]
+    """IMP's ticket of the same network and data with the nearest density, within a third of it."""
+    searched = (t for t in tickets if t.method == "imp" and not t.control)
+    known = [t for t in searched if (t.model, _data(t)) == (ticket.model, _data(ticket))]
     near = [t for t in known if 3 / 4 < t.density / ticket.density < 4 / 3]
     return min(near, key=lambda t: abs(t.density - ticket.density), default=None)
+
+
+def _data(ticket: Ticket) -> tuple[Any, ...]:
+    """On which data a ticket of a run was trained."""
+    data = ticket.config["settings"]["data"]
+    return data["source"], data["root"]

@@ -6,12 +6,12 @@ from typing import Any
 
 from pruning.connectivity_program import (
     ConnectivityConfig,
-    check_connectivity,
+    foresee_connectivity,
     run_connectivity,
 )
-from pruning.elastic_program import ElasticConfig, check_elastic, promise_elastic, run_elastic
-from pruning.imp import ImpConfig, promise_imp, run_imp
-from pruning.sources import Promise
+from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
+from pruning.imp import ImpConfig, foresee_imp, run_imp
+from pruning.sources import Outlook, Promise
 from train.session import Session
 from train.settings import Settings
 
@@ -22,14 +22,13 @@ class Recipe:
 
     config: type[Any]
     run: Callable[[Session, str, Any], object]
-    promise: Callable[[Any, Settings], Promise] | None = None
-    """which tickets it will have made, for the stages after it; `None` if it makes none"""
-    check: Callable[..., None] | None = None
-    """refuses, before anything is trained, what is known to fail"""
+    foresee: Callable[[str, Any, Settings, Outlook], Promise | None]
+    """refuses, before anything is trained, what is known to fail; tells which tickets there will
+    be for the stages after it, or `None`"""
 
 
 RECIPES = {
-    "imp": Recipe(ImpConfig, run_imp, promise_imp),
-    "elastic": Recipe(ElasticConfig, run_elastic, promise_elastic, check_elastic),
-    "connectivity": Recipe(ConnectivityConfig, run_connectivity, check=check_connectivity),
+    "imp": Recipe(ImpConfig, run_imp, foresee_imp),
+    "elastic": Recipe(ElasticConfig, run_elastic, foresee_elastic),
+    "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

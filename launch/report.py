@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import Folder
-from launch.claim import read_run
+from launch.claim import read_run, require_data
 from launch.config import Stage
 from launch.levels import compared, gathered, level_rows
 from launch.places import find_single, find_tickets
@@ -23,6 +25,7 @@ from pruning.trained import trained_weights
 from train.engine import Engine
 from train.metrics import Recorder
 from train.progress import Display
+from train.ranks import Ranks
 from train.session import Session
 from train.signals import Signals
 
@@ -67,37 +70,49 @@ class _Trained(NamedTuple):
     run: Folder
     ticket: Ticket
 
-    def weights(self) -> dict[str, Tensor]:
-        return trained_weights(self.ticket, self.run / self.ticket.place)
+    def weights(self, ranks: Ranks) -> dict[str, Tensor]:
+        return trained_weights(self.ticket, self.run / self.ticket.place, ranks)
 
     def __str__(self) -> str:
         return f"{self.run}/{self.ticket.place}"
 
 
 def report_barrier(
-    places: Sequence[str], *, levels: Sequence[int], line: Line, root: str, as_json: bool
+    places: Sequence[str],
+    *,
+    levels: Sequence[int],
+    line: Line,
+    data_root: str | None,
+    root: str,
+    as_json: bool,
 ) -> None:
     """Measures the line between what two levels, or all levels of two runs, were trained to.
 
-    On the data and with the settings of the first run. Raises `UserError` where they have no level
-    of the same network in common.
+    On the data and with the settings of the first run; `data_root` is where these data are now.
+    Raises `UserError` where they have no level of the same network in common, or the data are
+    others.
     """
     pairs = _pairs(places, levels, root)
-    config = read_run(pairs[0][0].run)
+    run = pairs[0][0].run
     results: list[Connectivity] = []
-    for stage in config.stages:
+    engine: Engine | None = None
+    for stage in read_run(run).stages:
         here = [pair for pair in pairs if pair[0].ticket.stage == stage.name]
-        if here:
-            engine = make_engine(stage)
-            display = Display(shown=engine.is_main and not as_json)
-            session = _session(stage, engine, here[0][0].run, display)
-            try:
-                results += [_measured(session, *pair, line) for pair in here]
-            finally:
-                display.close()
-            if engine.is_main and stage.name == pairs[-1][0].ticket.stage:
-                _print(results, pairs, as_json)
-            engine.close()
+        if not here:
+            continue
+        engine = make_engine(stage)
+        display = Display(shown=engine.is_main and not as_json)
+        session = _session(stage, engine, run, display, data_root)
+        try:
+            engine.on_main(partial(require_data, run, stage.name, session.data_record))
+            results += [_measured(session, *pair, line) for pair in here]
+            session.signals.drain()
+        finally:
+            display.close()
+    assert engine is not None, "a level's stage is in its run's configuration"
+    if engine.is_main:
+        _print(results, pairs, as_json)
+    engine.close()
 
 
 def _pairs(
@@ -105,8 +120,9 @@ def _pairs(
 ) -> list[tuple[_Trained, _Trained]]:
     if len(places) != 2:
         raise UserError("--barrier: name two runs, or two levels as RUN/STAGE/LEVEL")
+    singles = [find_single(place, root) for place in places]
     first, second = (_levels_of(place, root) for place in places)
-    if len(first) == len(second) == 1:
+    if None not in singles:
         pairs = [(first[0], second[0])]
     else:
         others = {one.ticket.place: one for one in second}
@@ -137,9 +153,10 @@ def _levels_of(place: str, root: str) -> list[_Trained]:
 
 def _measured(session: Session, first: _Trained, second: _Trained, line: Line) -> Connectivity:
     ticket = first.ticket
-    model = session.build_network(ticket.model.build()).module
+    model = session.build_network(ticket.model).module
     what = f"{ticket.place}: interpolating"
-    curves = measure(session, model, first.weights(), second.weights(), line, what=what)
+    start, end = (one.weights(session.engine) for one in (first, second))
+    curves = measure(session, model, start, end, line, what=what)
     return Connectivity(
         stage=ticket.stage,
         name=ticket.name,
@@ -182,7 +199,16 @@ def _run(place: str, root: str) -> Folder:
     return tickets.folder
 
 
-def _session(stage: Stage, engine: Engine, run: Folder, display: Display) -> Session:
-    """A stage of a run, with which nothing is recorded or saved."""
+def _session(
+    stage: Stage, engine: Engine, run: Folder, display: Display, data_root: str | None = None
+) -> Session:
+    """A stage of a run, of which nothing is recorded; of image files the run keeps what is known.
+
+    Its data are where the run has them, or below `data_root`.
+    """
+    settings = stage.settings
+    if data_root is not None:
+        moved = replace(settings.data, source=settings.data.kind, root=data_root)
+        settings = replace(settings, data=moved)
     signals = Signals(world_size=engine.world_size, is_main=engine.is_main, save_minutes=math.inf)
-    return Session(stage.settings, engine, run, Recorder(), display, signals)
+    return Session(settings, engine, run, Recorder(), display, signals)

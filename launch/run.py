@@ -7,7 +7,7 @@ from launch.claim import claim_data, claimed
 from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
 from launch.summary import summarise
-from pruning.sources import Promise
+from pruning.sources import Outlook, Promise
 from train.engine import Engine
 from train.metrics import Recorder
 from train.progress import Display
@@ -55,11 +55,10 @@ def check_stages(config: RunConfig, folder: Folder) -> None:
     """Raises `UserError` for a stage that is known to fail once those before it are trained."""
     earlier: dict[str, Promise] = {}
     for stage in config.stages:
-        recipe = RECIPES[stage.recipe]
-        if recipe.check is not None:
-            recipe.check(stage.name, stage.config, stage.settings, earlier=earlier, run=folder)
-        if recipe.promise is not None:
-            earlier[stage.name] = recipe.promise(stage.config, stage.settings)
+        outlook = Outlook(folder, earlier)
+        promise = RECIPES[stage.recipe].foresee(stage.name, stage.config, stage.settings, outlook)
+        if promise is not None:
+            earlier[stage.name] = promise
 
 
 def open_recorder(folder: Folder, config: RunConfig, engine: Engine) -> Recorder:

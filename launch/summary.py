@@ -12,12 +12,13 @@ from launch.plots import accuracy_plot, connectivity_plot
 from pruning.connectivity import STABLE, Connectivity
 from pruning.tickets import Ticket
 
+_BESIDE_IMP = "IMP: its own ticket for that network, at the nearest density."
 _UNDER_IMP = (
-    "IMP: its own ticket for that network, at the nearest density. An elastic ticket costs no "
-    "search; in the paper it stays 0.5 to 2.3 points under IMP's on ImageNet."
+    "An elastic ticket costs no search; in the paper it stays 0.5 to 2.3 points under IMP's own on "
+    "ImageNet."
 )
 _BARRIER = (
-    f"barrier: highest error on the line less the mean of its ends; stable below {STABLE:.0%}"
+    f"Barrier: the highest error on the line less the mean of its ends; stable below {STABLE:.0%}."
 )
 
 
@@ -42,15 +43,19 @@ def print_tables(
 ) -> None:
     """A table a stage: its levels, or the lines that were measured in it."""
     shown = compared(tickets)
-    for stage in dict.fromkeys(ticket.stage for ticket in shown):
-        console.print(level_table(shown, stage), "")
+    tables = [level_table(shown, stage) for stage in dict.fromkeys(t.stage for t in shown)]
+    for table in tables:
+        console.print(table, "")
     if any(ticket.method == "elastic" for ticket in shown):
-        console.print(_UNDER_IMP, "", sep="\n")
+        beside = any(column.header == "IMP" for table in tables for column in table.columns)
+        console.print(f"{_BESIDE_IMP} {_UNDER_IMP}" if beside else _UNDER_IMP, "", sep="\n")
     for stage in dict.fromkeys(result.stage for result in results):
         here = [result for result in results if result.stage == stage]
         console.print(connectivity_table(here, f"{stage}: error on the line"))
         treatments = ", ".join(dict.fromkeys(result.batchnorm for result in here))
-        console.print(f"{_BARRIER}. BatchNorm: {treatments}.", "", sep="\n")
+        console.print(f"BatchNorm: {treatments}", "", sep="\n")
+    if results:
+        console.print(_BARRIER, "", sep="\n")
 
 
 def level_table(tickets: Sequence[Ticket], stage: str) -> Table:

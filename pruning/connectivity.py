@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
@@ -138,10 +139,7 @@ def measure(
     All ranks call it together, and get the same. `what` is shown as it goes on. Raises
     `Interrupted` after a signal: nothing is kept of a line that is not finished.
     """
-    sets: dict[str, EvaluationSet] = {
-        "train": session.data.training_images(line.train_images),
-        "test": session.data.evaluation["test"],
-    }
+    sets = {"train": _training_images(session, line), "test": session.data.evaluation["test"]}
     recalibrates = line.batchnorm == "recalibrate" and bool(_batch_norms(model))
     flip = session.settings.train.eval_flip
     errors: dict[str, list[float]] = {split: [] for split in sets}
@@ -159,13 +157,29 @@ def measure(
     return {split: Curve(tuple(found)) for split, found in errors.items()}
 
 
+def _training_images(session: Session, line: Line) -> EvaluationSet:
+    """The training images; where bad ones may be skipped, those that can be decoded."""
+    images = session.data.training_images(line.train_images)
+    if session.settings.data.on_bad != "skip":
+        return images
+    parts = session.engine.gather(images.undecodable())
+    bad = [image for part in parts for image in part]
+    if not bad:
+        return images
+    session.display.say(f"{len(bad)} training images cannot be decoded, and are not measured")
+    return session.data.training_images(line.train_images, without=bad)
+
+
 def recalibrate(session: Session, model: nn.Module, num_batches: int) -> None:
     """Takes the statistics of batch normalisation anew: means over global training batches.
 
-    Each rank normalises its shares, as in training; the ranks' statistics are averaged.
+    Each rank normalises its shares, as in training; the ranks' statistics are averaged. Dropout
+    draws the same each time.
     """
     engine = session.engine
-    with engine.autocast():
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), engine.autocast():
+        torch.manual_seed(session.seed("connectivity", "dropout", engine.rank))
         update_bn(_images(session, num_batches), model)
     for norm in _batch_norms(model):
         for buffer in (norm.running_mean, norm.running_var):

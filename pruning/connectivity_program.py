@@ -7,7 +7,7 @@ is trained: what two tickets of one network were trained to is compared, such as
 and one that IMP found.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -26,11 +26,20 @@ from pruning.connectivity import (
     write_result,
 )
 from pruning.program import Arm, train_ticket
-from pruning.sources import Found, Promise, claim_sources, find_sources, foresee, require_weights
+from pruning.sources import (
+    Found,
+    Outlook,
+    check_levels,
+    claim_sources,
+    find_sources,
+    recorded_sources,
+    require_weights,
+)
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.trained import trained_weights
 from pruning.weight_store import write_weights
+from train.models import ModelSpec
 from train.session import Session, Start
 from train.settings import Settings
 from train.state import Network
@@ -58,6 +67,7 @@ class ConnectivityConfig:
     """evaluate this many training images, spread evenly (default: all)"""
 
     def __post_init__(self) -> None:
+        check_levels(self)
         _ = self.line  # checks its parts
         if self.other_levels and self.other is None:
             raise ValueError(f"other_levels = {list(self.other_levels)}: needs other")
@@ -67,27 +77,44 @@ class ConnectivityConfig:
         return Line(self.points, self.batchnorm, self.num_batches, self.train_images)
 
 
-def check_connectivity(
-    stage: str,
-    config: ConnectivityConfig,
-    settings: Settings,
-    *,
-    earlier: Mapping[str, Promise],
-    run: Folder,
+def foresee_connectivity(
+    stage: str, config: ConnectivityConfig, settings: Settings, outlook: Outlook
 ) -> None:
-    """Raises `UserError` for what can be known to fail before anything is trained."""
-    known = {"earlier": earlier, "run": run, "trained": config.other is not None}
-    where = f"stages.{stage}"
-    models = foresee(f"{where}.ticket", config.ticket, config.levels, **known)  # type: ignore[arg-type]
+    """Raises `UserError` for what is known to fail before anything is trained."""
+    if _is_finished(outlook.run, stage):
+        return
+    where, trained = f"stages.{stage}", config.other is not None
+    found = outlook.sources(f"{where}.ticket", config.ticket, config.levels, trained=trained)
     if config.other is None:
         return
-    levels = config.other_levels or config.levels
-    others = foresee(f"{where}.other", config.other, levels, **known)  # type: ignore[arg-type]
-    if len({(model.name, str(model.arguments)) for model in (*models, *others)}) > 1:
+    levels = config.other_levels or [level for level, _ in found]
+    others = outlook.sources(f"{where}.other", config.other, levels, trained=True)
+    _require_pairs(stage, config, [model for _, model in found], [model for _, model in others])
+
+
+def _is_finished(run: Folder, stage: str) -> bool:
+    """Whether all levels of a stage are measured: then it needs its sources no more."""
+    levels = [int(level) for level, _ in recorded_sources(run, stage) or ()]
+    folders = [run / f"{stage}/{_name(level)}" for level in levels]
+    return bool(levels) and all(find_result(folder) is not None for folder in folders)
+
+
+def _require_pairs(
+    stage: str, config: ConnectivityConfig, one: Sequence[ModelSpec], other: Sequence[ModelSpec]
+) -> None:
+    """Raises `UserError` unless there are as many of both, and each pair of one network."""
+    where = f"stages.{stage}.other = {config.other!r}"
+    if len(one) != len(other):
         raise UserError(
-            f"{where}.other = {config.other!r}: is of another network ({others[0].name}, not "
-            f"{models[0].name}): no line leads from one to the other"
+            f"{where}: {len(other)} levels to compare with {len(one)}: name as many in "
+            "other_levels as in levels"
         )
+    for first, second in zip(one, other, strict=True):
+        if (first.name, first.arguments) != (second.name, second.arguments):
+            raise UserError(
+                f"{where}: is of another network ({second.name}, not {first.name}): no line leads "
+                "from one to the other"
+            )
 
 
 def run_connectivity(session: Session, stage: str, config: ConnectivityConfig) -> None:
@@ -95,7 +122,9 @@ def run_connectivity(session: Session, stage: str, config: ConnectivityConfig) -
 
     Raises `UserError` for tickets without weights to train from, or of different networks.
     """
-    _Connectivity(session, stage, config).run()
+    run = session.folder
+    if not session.engine.on_main(lambda: _is_finished(run, stage)):
+        _Connectivity(session, stage, config).run()
 
 
 class _End(NamedTuple):
@@ -116,40 +145,32 @@ class _Connectivity:
         if config.other is not None:
             levels = config.other_levels or [one.ticket.level for one in self.found]
             self.others = self._find(config.other, levels)
-            self._require_pairs()
-        for one in self.found:
-            self._require_fit(one.ticket)
+        session.engine.together(self._check)
 
     def run(self) -> None:
-        engine, run, stop = self.session.engine, self.session.folder, self.session.total_steps
-        if not self.others:
-            self.session.display.plan(sum(2 * (stop - one.ticket.step) for one in self.found))
-        sources = self.found + self.others
-        engine.on_main(lambda: claim_sources(run, self.stage, sources))
+        session, run = self.session, self.session.folder
+        num_steps = [2 * (session.total_steps - one.ticket.step) for one in self.found]
+        session.display.plan(0 if self.others else sum(num_steps))
+        record = [one for pair in zip(self.found, self.others, strict=False) for one in pair]
+        session.engine.on_main(lambda: claim_sources(run, self.stage, record or self.found))
         for index, one in enumerate(self.found):
-            folder = run / f"{self.stage}/{_level(one.ticket)}"
-            if engine.on_main(partial(find_result, folder)) is None:
+            folder = run / f"{self.stage}/{_name(one.ticket.level)}"
+            if session.engine.on_main(partial(find_result, folder)) is None:
                 self._measure(one, self.others[index] if self.others else None)
             elif not self.others:
-                self.session.display.skip(2 * (stop - one.ticket.step))
+                session.display.skip(num_steps[index])
 
     def _find(self, place: str, levels: Sequence[int]) -> list[Found]:
         run = self.session.folder
         return self.session.engine.on_main(lambda: find_sources(place, levels, run), patient=True)
 
-    def _require_pairs(self) -> None:
-        where = f"stages.{self.stage}.other = {self.config.other!r}"
-        if len(self.others) != len(self.found):
-            raise UserError(
-                f"{where}: {len(self.others)} levels to compare with {len(self.found)}: name as "
-                "many in other_levels as in levels"
-            )
-        for one, other in zip(self.found, self.others, strict=True):
-            if one.ticket.model != other.ticket.model:
-                raise UserError(
-                    f"{where}: {other.ticket.place} is of another network than {one.ticket.place}: "
-                    "no line leads from one to the other"
-                )
+    def _check(self) -> None:
+        for one in self.found + self.others:
+            one.ticket.require_fit()
+            self._require_fit(one.ticket)
+        if self.config.other is not None:
+            models = [[one.ticket.model for one in some] for some in (self.found, self.others)]
+            _require_pairs(self.stage, self.config, models[0], models[1])
 
     def _require_fit(self, ticket: Ticket) -> None:
         session, model = self.session, ticket.model
@@ -169,12 +190,12 @@ class _Connectivity:
                 )
 
     def _measure(self, one: Found, other: Found | None) -> None:
-        session, line, name = self.session, self.config.line, _level(one.ticket)
-        network = session.build_network(one.ticket.model.build())
+        session, line, name = self.session, self.config.line, _name(one.ticket.level)
+        network = session.build_network(one.ticket.model)
         if other is None:
             first, second = (self._copy(one.ticket, network, number) for number in (1, 2))
         else:
-            first, second = _trained(one), _trained(other)
+            first, second = self._trained(one), self._trained(other)
         curves = measure(
             session,
             network.module,
@@ -192,8 +213,9 @@ class _Connectivity:
             batchnorm=line.treatment(network.module),
             curves=curves,
         )
+        self._record(result)  # first, so that no kill leaves a result without its facts
         session.engine.on_main(lambda: write_result(session.folder, result))
-        self._tell(result)
+        session.display.say(described(result))
 
     def _copy(self, ticket: Ticket, network: Network, number: int) -> _End:
         """A training of the ticket with noise of its own."""
@@ -217,21 +239,22 @@ class _Connectivity:
         )
         copy = train_ticket(session, self.tickets, network, arm)
         level = session.folder / f"{self.stage}/{arm.name}"
-        return _End(copy.place, trained_weights(copy, level))
+        return _End(copy.place, trained_weights(copy, level, session.engine))
 
-    def _tell(self, result: Connectivity) -> None:
+    def _trained(self, one: Found) -> _End:
+        run = self.session.folder
+        inside = one.level is not None and one.level.url == (run / one.ticket.place).url
+        place = one.ticket.place if inside else str(one.level)
+        return _End(place, trained_weights(one.ticket, one.level, self.session.engine))
+
+    def _record(self, result: Connectivity) -> None:
         session = self.session
         place = {"event": "connectivity", "stage": self.stage, "level": result.name}
         for split, curve in result.curves.items():
             fact = {**place, "split": split, "step": session.total_steps}
             session.recorder.record({**fact, "barrier": curve.barrier, "errors": curve.errors})
         session.recorder.sync()
-        session.display.say(described(result))
 
 
-def _trained(one: Found) -> _End:
-    return _End(one.ticket.place, trained_weights(one.ticket, one.level))
-
-
-def _level(ticket: Ticket) -> str:
-    return f"level-{ticket.level:02d}"
+def _name(level: int) -> str:
+    return f"level-{level:02d}"

@@ -11,6 +11,7 @@ An index map is a list with one source block for each block of the target: `[0, 
 paper writes the same as `0:0;1:1,2;2:3`, a source block and the target blocks it goes to.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Order = Literal["append", "interpolate"]
+_NUMBER = re.compile(r"[0-9]{1,4}")
 
 
 def index_map(num_source: int, num_target: int, order: Order) -> list[int]:
@@ -108,7 +110,7 @@ def _parse_stage(part: str, text: str) -> list[int]:
     for entry in part.split(";"):
         source, _, targets = entry.partition(":")
         numbers = [source, *targets.split(",")]
-        if not all(number.strip().isdecimal() for number in numbers):
+        if not all(_NUMBER.fullmatch(number.strip()) for number in numbers):
             raise UserError(
                 f"{where}: {entry.strip()!r} is not SOURCE:TARGET,TARGET; write it as "
                 "0:0;1:1,2;2:3|0:0;1:1"
@@ -118,9 +120,9 @@ def _parse_stage(part: str, text: str) -> list[int]:
             if target in origin:
                 raise UserError(f"{where}: target block {target} is written twice in {part!r}")
             origin[target] = first
-    lacking = [block for block in range(max(origin) + 1) if block not in origin]
-    if lacking:
-        raise UserError(f"{where}: nothing goes to target block {lacking[0]} in {part!r}")
+    for block, target in enumerate(sorted(origin)):
+        if block != target:
+            raise UserError(f"{where}: nothing goes to target block {block} in {part!r}")
     if [target for target, source in origin.items() if source == 0] != [0]:
         raise UserError(f"{where}: block 0 must go to block 0, and there alone: {part!r}")
     return [origin[target] for target in range(len(origin))]

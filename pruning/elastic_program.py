@@ -28,9 +28,17 @@ from pruning.elastic import DepthChange, Order, format_map, parse_map, stages, t
 from pruning.masks import Masks, prunable
 from pruning.program import Arm, train_ticket
 from pruning.scores import snip
-from pruning.sources import Promise, claim_sources, find_sources, foresee, require_weights
+from pruning.sources import (
+    Outlook,
+    Promise,
+    check_levels,
+    claim_sources,
+    find_sources,
+    recorded_sources,
+    require_weights,
+)
 from pruning.store import TicketFolder
-from pruning.tickets import Ticket
+from pruning.tickets import INDEX, Ticket
 from pruning.weight_store import write_weights
 from train.models import ModelSpec
 from train.session import Session, Start
@@ -67,6 +75,7 @@ class ElasticConfig:
     """global batches over which the control snip takes its gradient"""
 
     def __post_init__(self) -> None:
+        check_levels(self)
         if self.map is not None:
             try:
                 parse_map(self.map)
@@ -88,49 +97,54 @@ class ElasticConfig:
         return change
 
 
-def promise_elastic(config: ElasticConfig, settings: Settings) -> Promise:
-    """What an elastic stage will have made."""
-    return Promise(settings.model, config.levels or None)
-
-
-def check_elastic(
-    stage: str,
-    config: ElasticConfig,
-    settings: Settings,
-    *,
-    earlier: Mapping[str, Promise],
-    run: Folder,
-) -> None:
-    """Raises `UserError` for what can be known to fail before anything is trained."""
-    where = f"stages.{stage}.ticket"
-    for source in foresee(where, config.ticket, config.levels, earlier=earlier, run=run):
+def foresee_elastic(
+    stage: str, config: ElasticConfig, settings: Settings, outlook: Outlook
+) -> Promise:
+    """What the stage will have made. Raises `UserError` for what is known to fail."""
+    finished = _finished_levels(outlook.run, stage, config)
+    if finished is not None:
+        return Promise(settings.model, tuple(finished))
+    where, levels = f"stages.{stage}.ticket", []
+    for level, source in outlook.sources(where, config.ticket, config.levels):
         target = ModelSpec.of(
             settings.model, num_classes=source.num_classes, in_chans=source.in_chans
         )
         with _told_of(stage, source, target):
-            transform(
-                source.outline().state_dict(),
-                config.change(source, target),
-                target.outline().state_dict(),
-            )
+            tensors, shapes = source.outline().state_dict(), target.outline().state_dict()
+            transform(tensors, config.change(source, target), shapes)
+        levels.append(level)
+    return Promise(settings.model, tuple(levels))
 
 
-def run_elastic(session: Session, stage: str, config: ElasticConfig) -> list[Ticket]:
-    """All tickets of the stage and their controls; trains only what is not finished yet.
+def _finished_levels(run: Folder, stage: str, config: ElasticConfig) -> list[int] | None:
+    """The levels of a stage all of whose tickets are there, which needs its sources no more."""
+    levels = [int(level) for level, _ in recorded_sources(run, stage) or ()]
+    names = [
+        f"level-{level:02d}{suffix}"
+        for level in levels
+        for suffix in ("", *(f"-{control}" for control in config.controls))
+    ]
+    whole = all((run / f"{stage}/{name}").exists(INDEX) for name in names)
+    return levels if levels and whole else None
+
+
+def run_elastic(session: Session, stage: str, config: ElasticConfig) -> None:
+    """Trains all tickets of the stage and their controls, as far as they are not finished yet.
 
     Raises `UserError` for a source of another family, without weights of step k, or whose head has
     another number of classes (unless `transfer`).
     """
-    engine = session.engine
-    found = engine.on_main(
-        lambda: find_sources(config.ticket, config.levels, session.folder), patient=True
-    )
-    moves = [_Move(session, stage, config, one.ticket) for one in found]
-    num_arms = 1 + len(config.controls)
+    engine, run = session.engine, session.folder
+    if engine.on_main(lambda: _finished_levels(run, stage, config)) is not None:
+        return
+    found = engine.on_main(lambda: find_sources(config.ticket, config.levels, run), patient=True)
+    moves: list[_Move] = []
+    engine.together(lambda: moves.extend(_Move(session, stage, config, f.ticket) for f in found))
+    program, num_arms = _Elastic(session, stage, config), 1 + len(config.controls)
     session.display.plan(sum(session.total_steps - move.first_step for move in moves) * num_arms)
-    program = _Elastic(session, stage, config)
-    engine.on_main(lambda: claim_sources(session.folder, stage, found))
-    return [ticket for move in moves for ticket in program.run(move)]
+    engine.on_main(lambda: claim_sources(run, stage, found))
+    for move in moves:
+        program.run(move)
 
 
 class _Move:
@@ -138,6 +152,7 @@ class _Move:
 
     def __init__(self, session: Session, stage: str, config: ElasticConfig, source: Ticket) -> None:
         require_weights(source)
+        source.require_fit()
         self.source, self.target = source, session.model_spec
         self.first_step = 0 if config.transfer else source.step
         if not self.first_step < session.total_steps:
@@ -199,10 +214,11 @@ class _Elastic:
         self.tickets = TicketFolder(session.folder)
         self.network = session.build_network()
 
-    def run(self, move: _Move) -> list[Ticket]:
+    def run(self, move: _Move) -> None:
         """The elastic ticket of one source, and its controls."""
         ticket = self._train(move, "elastic", lambda: move.masks(self._read(move.source)))
-        return [ticket, *(self._control(move, ticket, one) for one in self.config.controls)]
+        for control in self.config.controls:
+            self._control(move, ticket, control)
 
     def _control(self, move: _Move, ticket: Ticket, control: Control) -> Ticket:
         seed = self.session.seed("elastic", control, ticket.level)

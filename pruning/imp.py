@@ -23,7 +23,7 @@ from pruning.allocate import Scope, keep_count, prune_fraction, shuffle_layers
 from pruning.masks import Masks
 from pruning.program import Arm, masks_of, train_ticket
 from pruning.scores import magnitude
-from pruning.sources import Promise
+from pruning.sources import Outlook, Promise
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights, write_weights
@@ -92,8 +92,8 @@ class ImpConfig:
         return self.controls if level and chosen else ()
 
 
-def promise_imp(config: ImpConfig, settings: Settings) -> Promise:
-    """What an IMP stage will have made."""
+def foresee_imp(stage: str, config: ImpConfig, settings: Settings, outlook: Outlook) -> Promise:
+    """What the stage will have made."""
     lacking = ""
     if config.mode != "weights":
         lacking = (

@@ -77,12 +77,13 @@ def train_ticket(
     with _remedy(tickets, arm.stage, arm.name):
         stored = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
         chosen = None if stored is None else read_masks(tickets.objects, stored, engine)
+    start = arm.start()  # first: where it is missing, nothing is begun
     if chosen is None:
         chosen = arm.masks()
         engine.require_same(chosen.digest(), f"the masks of {arm.stage}/{arm.name}")
         stored = write_masks(tickets.objects, chosen, engine)
         engine.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, stored))
-    on_device, start = chosen.to(engine.device), arm.start()
+    on_device = chosen.to(engine.device)
     make = (make_sparsity or _fixed)(on_device)
     phase = Phase(
         arm.stage,
@@ -142,7 +143,7 @@ def _describe(
         stored_weights=weights,
         parent=None if parent is None else parent.id,
         lineage=() if parent is None else (parent.as_ancestor(), *parent.lineage),
-        config={**arm.config, "settings": asdict(session.settings)},
+        config={**arm.config, "settings": _settings(session, arm)},
         metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
         timing={"images_per_second": session.recorder.images_per_second(arm.stage, arm.name)},
         versions=software_versions(),
@@ -151,6 +152,14 @@ def _describe(
         objects=tickets.objects,
     )
     return ticket.hold(masks)
+
+
+def _settings(session: Session, arm: Arm) -> dict[str, Any]:
+    """The settings of a training, with the network that was trained."""
+    settings = asdict(session.settings)
+    if arm.model is not None:
+        settings["model"] = {"name": arm.model.name, **arm.model.arguments}
+    return settings
 
 
 def _fixed(masks: Masks) -> MakeSparsity:

@@ -1,32 +1,22 @@
 """Where a stage takes its tickets from: an earlier stage of the run, another run, a store."""
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.errors import UserError, did_you_mean
 from data.files import Folder
 from pruning import document
-from pruning.tickets import Ticket, find_ticket
+from pruning.tickets import INDEX, Ticket, find_ticket
 from train.models import ModelConfig, ModelSpec
 
+RECORD = "sources.json"
+"""in the folder of a stage"""
+_RECORD_KIND = "tombola-sources"
 _LEVEL = re.compile(r"level-(\d+)")
-_RECORD, _RECORD_KIND = "sources.json", "tombola-sources"
 _ANY = {"num_classes": 10, "in_chans": 3}
 """of a network that is only looked at"""
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a stage will have made when it ends, told before anything is trained."""
-
-    model: ModelConfig
-    levels: tuple[int, ...] | None = None
-    """`None` where they are those of its own sources"""
-    no_weights: str = ""
-    """why its tickets will have no weights of step k, if they will not"""
 
 
 class Found(NamedTuple):
@@ -36,36 +26,46 @@ class Found(NamedTuple):
     level: Folder | None
 
 
-def is_stage(place: str) -> bool:
-    """Whether a place is the name of a stage of the same run, not a path or URL."""
-    return "/" not in place
-
-
 def find_sources(place: str, levels: Sequence[int], run: Folder) -> list[Found]:
     """The tickets that a stage starts from, without the bits of their masks.
 
     `place`: an earlier stage, RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID, as a path or URL or below the
-    root of this run. `levels` chooses among those of a stage (default: the sparsest). Raises
-    `UserError` where there is none, `RunError` where one is damaged.
+    root of this run. `levels` chooses among those of a stage, in this order (default: the
+    sparsest). Raises `UserError` where there is none, `RunError` where one is damaged.
     """
-    folders = [run / place] if is_stage(place) else [Folder(place)]
-    if not is_stage(place) and "://" not in place and not place.startswith("/"):
-        folders.append(run.parent / place)
+    folders = [_folder_of(place, run)]
+    if not _is_stage(place) and "://" not in place and not place.startswith(("/", "~")):
+        folders.append(run.parent / place.rstrip("/"))
     for folder in folders:
         found = {int(m[1]): m[0] for name in folder.names() if (m := _LEVEL.fullmatch(name))}
-        whole = [level for level in found if (folder / found[level]).exists("ticket.json")]
+        whole = [level for level in found if (folder / found[level]).exists(INDEX)]
         if whole:
             chosen = _chosen(place, levels, whole)
             return [_in_run(folder / found[level]) for level in chosen]
+    refusals = []
     for folder in folders:
-        with contextlib.suppress(UserError):
+        try:
             ticket = find_ticket(folder.url)
-            _chosen(place, levels, [ticket.level])
-            return [_in_run(folder) if folder.exists("ticket.json") else Found(ticket, None)]
+        except UserError as error:
+            refusals.append(str(error))
+            continue
+        _chosen(place, levels, [ticket.level])
+        return [_in_run(folder) if folder.exists(INDEX) else Found(ticket, None)]
     raise UserError(
-        f"ticket = {place!r}: no ticket there: give the name of an earlier stage, RUN/STAGE, "
-        "RUN/STAGE/LEVEL, or STORE/ID"
+        f"ticket = {place!r}: {refusals[0]}; or give an earlier stage or RUN/STAGE, of which the "
+        "sparsest level is taken"
     )
+
+
+def _is_stage(place: str) -> bool:
+    """Whether a place is the name of a stage of the same run, not a path or URL."""
+    return "/" not in place
+
+
+def _folder_of(place: str, run: Folder) -> Folder:
+    if _is_stage(place):
+        return run / place
+    return Folder(place.rstrip("/").removesuffix(f"/{INDEX}"))
 
 
 def _chosen(place: str, levels: Sequence[int], known: Sequence[int]) -> list[int]:
@@ -73,11 +73,18 @@ def _chosen(place: str, levels: Sequence[int], known: Sequence[int]) -> list[int
         if level not in known:
             there = ", ".join(map(str, sorted(known)))
             raise UserError(f"levels = {list(levels)}: {place} has no level {level} (has: {there})")
-    return sorted(set(levels)) or [max(known)]
+    return list(levels) or [max(known)]
 
 
 def _in_run(folder: Folder) -> Found:
     return Found(find_ticket(folder.url), folder)
+
+
+def check_levels(config: object) -> None:
+    """For `__post_init__`: raises `ValueError` where `levels` names one twice."""
+    levels: tuple[int, ...] = getattr(config, "levels")  # noqa: B009 - of any such class
+    if len(set(levels)) < len(levels):
+        raise ValueError(f"levels = {list(levels)}: names a level twice")
 
 
 def require_weights(ticket: Ticket) -> None:
@@ -90,56 +97,97 @@ def require_weights(ticket: Ticket) -> None:
         )
 
 
-def foresee(
-    where: str,
-    place: str,
-    levels: Sequence[int],
-    *,
-    earlier: Mapping[str, Promise],
-    run: Folder,
-    trained: bool = False,
-) -> list[ModelSpec]:
-    """The networks that `find_sources` will come to, told before anything is trained.
+# Before anything is trained ------------------------------------------------------------------
 
-    `where` names the option that holds the place. Raises `UserError` where there will be no such
-    tickets, or no weights of step k (with `trained`, these are not asked for).
-    """
-    if not is_stage(place):
-        found = [one.ticket for one in find_sources(place, levels, run)]
-        for ticket in found:
-            if not trained:
-                require_weights(ticket)
-        return [ticket.model for ticket in found]
-    if place not in earlier:
-        near = did_you_mean(place, earlier)
-        known = f"earlier stages: {', '.join(earlier)}" if earlier else "there is no earlier stage"
-        raise UserError(
-            f"{where} = {place!r}: is no earlier stage with tickets{near} ({known}); a path or URL "
-            "has a '/'"
-        )
-    promise = earlier[place]
-    if promise.levels is not None:
-        _chosen(place, levels, promise.levels)
-    if promise.no_weights and not trained:
-        raise UserError(f"{where} = {place!r}: {promise.no_weights}")
-    return [ModelSpec.of(promise.model, **_ANY)]
+
+@dataclass(frozen=True)
+class Promise:
+    """What a stage will have made when it ends."""
+
+    model: ModelConfig
+    levels: tuple[int, ...]
+    no_weights: str = ""
+    """why its tickets will have no weights of step k, if they will not"""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a run before a stage of it: the stages that come earlier."""
+
+    run: Folder
+    earlier: Mapping[str, Promise]
+
+    def sources(
+        self, where: str, place: str, levels: Sequence[int], *, trained: bool = False
+    ) -> list[tuple[int, ModelSpec]]:
+        """The levels that `find_sources` will come to, and of which networks.
+
+        `where` names the option that holds the place. Raises `UserError` where there will be no
+        such tickets, or none with weights of step k; or, if what they were `trained` to is asked
+        for, where that is in no run.
+        """
+        if not _is_stage(place):
+            found = find_sources(place, levels, self.run)
+            for one in found:
+                one.ticket.require_fit()
+                if not trained:
+                    require_weights(one.ticket)
+                elif one.level is None:
+                    raise UserError(
+                        f"{where} = {place!r}: is in a store, which has no trained weights; name "
+                        "the level of a run"
+                    )
+            return [(one.ticket.level, one.ticket.model) for one in found]
+        if place not in self.earlier:
+            raise UserError(f"{where} = {place!r}: {self._unknown(place)}")
+        promise = self.earlier[place]
+        chosen = _chosen(place, levels, promise.levels)
+        if promise.no_weights and not trained:
+            raise UserError(f"{where} = {place!r}: {promise.no_weights}")
+        return [(level, ModelSpec.of(promise.model, **_ANY)) for level in chosen]
+
+    def _unknown(self, place: str) -> str:
+        near = did_you_mean(place, self.earlier)
+        known = "there is no earlier stage with tickets"
+        if self.earlier:
+            known = f"earlier stages with tickets: {', '.join(self.earlier)}"
+        return f"is no earlier stage{near} ({known}); a path or URL has a '/'"
+
+
+# What a stage began with ---------------------------------------------------------------------
 
 
 def claim_sources(run: Folder, stage: str, found: Sequence[Found]) -> None:
     """Records which tickets a stage began with; a later attempt must find the same.
 
-    Raises `UserError` where it finds others.
+    Raises `UserError` where it finds others, and has results of those before.
     """
-    now, folder = [one.ticket.id for one in found], run / stage
+    now = [[one.ticket.level, one.ticket.id] for one in found]
+    before = recorded_sources(run, stage)
+    if before == now:
+        return
+    if before is not None and set((run / stage).names()) - {RECORD}:
+        ids = ", ".join(str(ticket_id)[:12] for _, ticket_id in before)
+        raise UserError(
+            f"{run / stage} was begun with other tickets ({ids}) than are there now: choose "
+            "another --name"
+        )
+    document.write_document(run / stage, RECORD, _RECORD_KIND, {"tickets": now})
+
+
+def recorded_sources(run: Folder, stage: str) -> list[list[Any]] | None:
+    """Level and id of each ticket that a stage began with; `None` where it did not begin."""
     try:
-        before = document.read_document(
-            folder, _RECORD, _RECORD_KIND, lambda body: document.digests(body["tickets"], "tickets")
+        return document.read_document(
+            run / stage,
+            RECORD,
+            _RECORD_KIND,
+            lambda body: list(map(_recorded, document.sequence(body["tickets"], "tickets"))),
         )
     except FileNotFoundError:
-        document.write_document(folder, _RECORD, _RECORD_KIND, {"tickets": now})
-        return
-    if list(before) != now:
-        raise UserError(
-            f"{folder} was begun with other tickets ({', '.join(one[:12] for one in before)}, now "
-            f"{', '.join(one[:12] for one in now)}): choose another --name"
-        )
+        return None
+
+
+def _recorded(value: Any) -> list[Any]:
+    level, ticket_id = document.sequence(value, "a ticket")
+    return [document.count(level, "level"), document.digest(ticket_id, "a ticket")]

@@ -8,10 +8,12 @@ from data.errors import UserError
 from data.files import Folder
 from pruning.tickets import Ticket
 from train.checkpoint import Checkpoints
-from train.ranks import ALONE
+from train.ranks import ALONE, Ranks
 
 
-def trained_weights(ticket: Ticket, level: Folder | None) -> dict[str, Tensor]:
+def trained_weights(
+    ticket: Ticket, level: Folder | None, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
     """The state at the end of a ticket's training, averaged (EMA) if it was; on the CPU.
 
     `level` is the folder of its level in a run. Raises `UserError` where no checkpoint of the end
@@ -23,14 +25,18 @@ def trained_weights(ticket: Ticket, level: Folder | None) -> dict[str, Tensor]:
             "of a level in its run"
         )
     folder = level / "checkpoints"
-    names = [name for name in folder.names() if re.fullmatch(r"step-\d+", name)]
-    last = max((int(name.removeprefix("step-")) for name in names), default=-1)
+    last = ranks.on_main(lambda: _last_step(folder))
     if last <= ticket.step:
         raise UserError(
             f"{folder}: no checkpoint of the end of the training: trained weights are only in "
             "the folder of a level in its run"
         )
-    state = Checkpoints(folder, ALONE, keep=1).load(last)
+    state = Checkpoints(folder, ranks, keep=1).load(last, skip=("optimizer/",))
     weights: dict[str, Tensor] = state.get("ema") or state.get("model") or {}
     ticket.require_fit(weights)
     return weights
+
+
+def _last_step(folder: Folder) -> int:
+    names = (name for name in folder.names() if re.fullmatch(r"step-\d+", name))
+    return max((int(name.removeprefix("step-")) for name in names), default=-1)

@@ -21,6 +21,7 @@ def killed_run(words: list[str], point: str, count: int) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystem
 
     from data.files import Folder, Journal
+    from pruning import connectivity, connectivity_program
     from pruning.store import TicketFolder
     from train import checkpoint
     from train.engine import Engine
@@ -110,6 +111,12 @@ def killed_run(words: list[str], point: str, count: int) -> None:
         Journal.append = torn_line  # type: ignore[method-assign]
     elif point == "the end of a level, before its ticket":
         TicketFolder.write = no_ticket  # type: ignore[method-assign]
+    elif point == "a line, at a point of it":
+        after(connectivity, "recalibrate")
+    elif point == "a line, before its result":
+        after(connectivity_program._Connectivity, "_record")
+    elif point == "a line, after its result":
+        after(connectivity_program, "write_result")
     elif point == "two levels":
         after(TicketFolder, "write")
     command(words)

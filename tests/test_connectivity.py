@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family import BASE, DEEPER, IMP, run
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
-from test_elastic_runs import BASE, DEEPER, IMP, run
-from tiny import facts, ticket_facts, write_config
+from tiny import assert_same_run, facts, ticket_facts, write_config
 from torch import Tensor, nn
 
 from data.errors import RunError
@@ -252,18 +252,28 @@ def test_a_finished_run_does_nothing_and_prints_the_same(
     assert (finished / "connectivity.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_measurement_is_done_again(tmp_path: Path) -> None:
-    """Killed after the first copy of a level: the run ends with the same lines."""
-    found = []
-    for name, kill in (("whole", False), ("killed", True)):
-        root = tmp_path / name
-        root.mkdir()
-        words = ["run", write_config(root, BASE + IMP + STABLE), "--root", str(root)]
-        if kill:
-            assert run_ranks(1, killed_run, words, "two levels", 4) == [KILLED]
-        assert tombola(*words) == [0]
-        found.append([r.to_json() for r in all_results(Folder(root / "tiny"))])
-    assert found[0] == found[1]
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run(folder, BASE + IMP + STABLE)
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [
+        ("two levels", 4),
+        ("a line, at a point of it", 7),
+        ("a line, before its result", 1),
+        ("a line, after its result", 1),
+    ],
+)
+def test_a_run_killed_in(point: str, count: int, uninterrupted: Path, tmp_path: Path) -> None:
+    """... goes on with the same command to the same lines, facts and tickets."""
+    words = ["run", write_config(tmp_path, BASE + IMP + STABLE), "--root", str(tmp_path)]
+    assert run_ranks(1, killed_run, words, point, count) == [KILLED]
+    assert tombola(*words) == [0]
+    assert_same_run(tmp_path / "tiny", uninterrupted)
+    assert all_results(Folder(tmp_path / "tiny")) == all_results(Folder(uninterrupted))
 
 
 def test_the_ranks_measure_together(finished: Path, tmp_path: Path) -> None:
@@ -287,16 +297,56 @@ def test_the_ranks_measure_together(finished: Path, tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+def recalibrated(folder: str) -> None:
+    """Writes the statistics that this rank comes to, over two batches of the digits."""
+    stage = read_config(write_config(Path(folder), BASE + IMP)).stages[0]
+    engine = make_engine(stage)
+    session = _session(stage, engine, Folder(folder) / "run", Display(shown=False))
+    torch.manual_seed(engine.rank)
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    for _ in range(2):
+        recalibrate(session, model, 2)
+        state = {"mean": model[1].running_mean, "var": model[1].running_var}
+        path = Path(folder, f"{engine.world_size}.{engine.rank}")
+        if path.exists():  # dropout has drawn the same again
+            before = torch.load(path, weights_only=True)
+            assert all(torch.equal(before[name], value) for name, value in state.items())
+        torch.save(state, path)
+    engine.close()
+
+
+def test_the_ranks_recalibrate_together(tmp_path: Path) -> None:
+    """All come to the same statistics: means over the ranks' shares, near those of one rank."""
+    for world_size in (1, 2):
+        assert run_ranks(world_size, recalibrated, str(tmp_path)) == [0] * world_size
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("1.0", "2.0", "2.1")
+    )
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=0.1, atol=0.05)
+
+
 MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "different networks": (
         IMP + DEEPER + STABLE,
-        ("--stages.stable.other", "deeper"),
+        ("--stages.stable.other", "deeper", "--stages.stable.levels", "2"),
         "stages.stable.other = 'deeper': is of another network (cifar_resnet20, not",
+    ),
+    "other levels than there will be": (
+        IMP + DEEPER + LINE.replace("other_levels = [1]\n", ""),
+        (),
+        "levels = [2]: imp-20 has no level 2 (has: 0, 1)",
+    ),
+    "fewer other levels": (
+        IMP + STABLE,
+        ("--stages.stable.other", "imp", "--stages.stable.other-levels", "1"),
+        "1 levels to compare with 2: name as many in other_levels as in levels",
     ),
     "no other stage": (
         IMP + STABLE,
         ("--stages.stable.other", "ipm"),
-        "stages.stable.other = 'ipm': is no earlier stage with tickets; did you mean 'imp'?",
+        "stages.stable.other = 'ipm': is no earlier stage; did you mean 'imp'?",
     ),
     "no weights": (
         IMP + STABLE,
@@ -308,7 +358,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a stage that makes no tickets": (
         IMP + STABLE + DEEPER.replace('"imp"', '"stable"'),
         (),
-        "stages.deeper.ticket = 'stable': is no earlier stage with tickets",
+        "stages.deeper.ticket = 'stable': is no earlier stage",
     ),
 }
 
@@ -368,17 +418,43 @@ def test_a_report_as_json(finished: Path) -> None:
 def test_a_barrier_between_two_runs_is_measured_level_by_level(
     finished: Path, tmp_path: Path
 ) -> None:
-    """A run against another of the same tickets that saw the data in another order."""
-    other = run(tmp_path, BASE + IMP, "--seed", "4", "--stages.imp.rounds", "1")
+    """Every level of every stage that both have; here from other weights."""
+    other = run(tmp_path, BASE + IMP + DEEPER, "--seed", "4", "--stages.deeper.levels", "1", "2")
     words = ["report", str(finished), str(other), "--barrier", "--points", "3"]
     document = json_of([*words, "--num-batches", "2", "--train-images", "100"])
     assert [(line["stage"], line["name"]) for line in document] == [
         ("imp", "level-00"),
         ("imp", "level-01"),
+        ("imp", "level-02"),
+        ("deeper", "level-02"),
     ]
-    assert [line["same_start"] for line in document] == [False, False]
+    assert not any(line["same_start"] for line in document)
     (only,) = json_of([*words, "--num-batches", "2", "--levels", "1"])
     assert only["name"] == "level-01"
+
+
+def test_two_ranks_report_as_one(finished: Path, tmp_path: Path) -> None:
+    """Over several stages, one line an error and one table."""
+    place = str(finished)
+    words = ["report", place, place, "--barrier", "--points", "3", "--batchnorm", "interpolate"]
+    output = tmp_path / "out"
+    assert tombola(*words, world_size=2, output=output) == [0, 0]
+    printed = (tmp_path / "out.0").read_text()
+    assert printed.count(": error on the line") == 3
+    assert printed.count("trained from the same weights and masks") == 6
+    assert (tmp_path / "out.1").read_text() == ""
+
+
+def test_a_report_is_of_the_data_of_the_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured on others, the ends would not be what was trained."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run/data.json"
+    path.write_text(path.read_text().replace('"digits"', '"idx"'))
+    place = f"{tmp_path}/run/imp/level-01"
+    assert run_command(["report", place, place, "--barrier", "--points", "3"]) == 2
+    assert "was begun on other data" in capsys.readouterr().err
 
 
 def test_the_report_prints_one_line_for_a_mistake(
@@ -392,6 +468,7 @@ def test_the_report_prints_one_line_for_a_mistake(
         (): "name a run",
         (place, "--barrier"): "name two runs, or two levels",
         (place, "--levels", "1"): "go with --barrier",
+        (place, "--data-root", "x"): "go with --barrier",
         (place, "--barrier", "--points", "1"): "--points = 1: must be at least 3",
         (f"{tmp_path}/store",): "is a ticket store; a report is of runs",
         (stored, place, "--barrier"): "is in a store, which has no trained weights",

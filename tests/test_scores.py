@@ -92,6 +92,14 @@ def test_snip_leaves_the_network_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_snip_is_in_float32_whatever_the_images_are() -> None:
+    """Loaders of image files on a GPU give the type of the mixed precision."""
+    batch = images(6)
+    half = Batch(batch.images.bfloat16(), batch.labels)
+    expected = snip(network(), [Batch(half.images.float(), batch.labels)])
+    assert all(torch.equal(score, expected[n]) for n, score in snip(network(), [half]).items())
+
+
 def test_excluded_layers_have_no_score() -> None:
     assert list(snip(network(), [images(4)], exclude=["0"])) == ["4.weight"]
 

@@ -112,3 +112,13 @@ def test_bare_layers_are_no_blocks() -> None:
     """A list of convolutions, as within a Res2Net block."""
     convs = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(3))
     assert stages(nn.ModuleDict({"convs": convs})) == []
+
+
+def test_of_two_stages_each_is_one() -> None:
+    """A list of two lists of other widths is not taken for a stage of two blocks."""
+
+    def block(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+    body = nn.Sequential(*(nn.Sequential(block(w), block(w)) for w in (2, 4)))
+    assert described(stages(nn.ModuleDict({"body": body}))) == "body.0 2, body.1 2"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from jpegs import cuts, encoded, opened, prepared, write_shards, write_singles
+from jpegs import cuts, damage, encoded, opened, prepared, write_shards, write_singles
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -465,6 +465,27 @@ def test_training_images_are_measured_as_an_evaluation_shows_them(source: Source
         chosen = torch.arange(5) * TRAIN // 5
         assert torch.cat([batch.labels for batch in some]).equal(chosen)
         assert torch.cat([batch.images for batch in some]).equal(images[chosen])
+
+
+def test_training_images_that_cannot_be_decoded_are_found_and_left_out(tmp_path: Path) -> None:
+    """Each rank finds those of its share; the rest is measured, each image once."""
+    root = write_singles(tmp_path / "images", train=TRAIN, val=VAL)
+    damaged = Source(root, tmp_path / "cache")
+    for number in (3, 4, 20):
+        damage(damaged.paths("train")[number])
+    for world_size in (1, 2):
+        bad, labels = [], []
+        for rank in range(world_size):
+            place = {"rank": rank, "world_size": world_size}
+            data = damaged.open(place=place, on_bad="skip")
+            bad += data.training_images().undecodable()
+        for rank in range(world_size):
+            place = {"rank": rank, "world_size": world_size}
+            images = damaged.open(place=place, on_bad="skip").training_images(without=bad)
+            assert images.num_samples == TRAIN - 3
+            labels += [label for batch in images for label in batch.labels.tolist()]
+        assert bad == [3, 4, 20]
+        assert labels == [label for label in range(TRAIN) if label not in bad]
 
 
 def test_an_evaluation_that_is_left_halfway_starts_anew(source: Source) -> None:

@@ -151,10 +151,11 @@ class Checkpoints:
         newest = self._newest(at_most)
         return None if newest is None else (newest[0], self._read(*newest))
 
-    def load(self, step: int) -> dict[str, Any]:
+    def load(self, step: int, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:
         """The state saved at `step`, tensors on the CPU, of other ranks' states only this rank's.
 
-        Raises `RunError` where it is missing or damaged.
+        Tensors whose names begin as `skip` says are left out. Raises `RunError` where it is missing
+        or damaged.
         """
         self.wait()
         try:
@@ -163,7 +164,7 @@ class Checkpoints:
             )
         except ValueError as error:
             raise self._damaged(step, error) from error
-        return self._read(step, manifest)
+        return self._read(step, manifest, skip)
 
     # Writing, in the thread --------------------------------------------------------------
 
@@ -235,11 +236,13 @@ class Checkpoints:
             self._say(f"damaged checkpoint passed over: {what}")
         return newest
 
-    def _read(self, step: int, manifest: dict[str, Any]) -> dict[str, Any]:
+    def _read(
+        self, step: int, manifest: dict[str, Any], skip: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
         target, world_size = self.folder / _name(step), manifest["world_size"]
         others = tuple(f"ranks/{r}/" for r in range(world_size) if r != self._ranks.rank)
         try:
-            tensors = read_tensors(target.location, is_local=target.is_local, skip=others)
+            tensors = read_tensors(target.location, is_local=target.is_local, skip=(*others, *skip))
         except ValueError as error:
             raise self._damaged(step, error) from error
         return join_state(tensors, manifest["values"])

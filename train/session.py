@@ -161,17 +161,18 @@ class Session:
         """A seed of the run for one purpose."""
         return stream_seed(self.settings.seed, *labels)
 
-    def build_network(self, model: nn.Module | None = None) -> Network:
-        """A model ready for training: by default the session's, with its initial weights.
+    def build_network(self, spec: ModelSpec | None = None) -> Network:
+        """A network with initial weights ready for training: by default the session's.
 
         Raises `UserError` where it does not take the data set's images.
         """
-        model = self.model_spec.build(self.seed("init")) if model is None else model
-        self._try_shapes(model.eval())
+        spec = spec or self.model_spec
+        model = spec.build(self.seed("init"))
+        self._try_shapes(model.eval(), spec.name)
         example = self.engine.example(self.data.image_shape, self.settings.data.batch_size)
         return self.engine.prepare(model.train(), example)
 
-    def _try_shapes(self, model: nn.Module) -> None:
+    def _try_shapes(self, model: nn.Module, name: str) -> None:
         device = next(model.parameters()).device
         for shape in self.data.all_shapes:
             try:
@@ -180,7 +181,7 @@ class Session:
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(
-                    f"model.name = {self.settings.model.name!r} does not take images of "
+                    f"model.name = {name!r} does not take images of "
                     f"{'x'.join(map(str, shape))}: {reason}"
                 ) from None
 

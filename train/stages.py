@@ -4,7 +4,8 @@ A stage is a list of like blocks: a module whose children are of one class, have
 own, and are numbered (`0, 1, 2`, RegNet's `b1, b2, b3`). Of lists within lists (`stages` of a
 ResNet holds one list a stage) the outer one is a stage if its blocks agree, from the second on, in
 names and shapes; the first may change size or channels. So `stages` is not one, each of its lists
-is, and neither are the branches inside of a block.
+is, and neither are the branches inside of a block. A list of blocks of several classes is none: at
+equal depth it is copied like stem and head.
 
 This finds the stages of the CIFAR ResNets and VGGs, and of timm's ResNets and their relatives,
 RegNet, ConvNeXt, MobileNet and EfficientNet, and the blocks of ViT and DeiT.
@@ -84,10 +85,17 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _agree(module: nn.Module) -> bool:
-    """Whether all blocks but the first have tensors of the same names and shapes."""
-    rest = [_outline(child) for child in module.children()][1:]
+    """Whether all blocks but the first have tensors of the same names and shapes.
+
+    Of two blocks, one of which may be a first, the second must have most of its shapes from it.
+    """
+    first, *rest = (_outline(child) for child in module.children())
+    if len(rest) == 1:
+        (second,) = rest
+        return 2 * sum(first.get(name) == shape for name, shape in second.items()) > len(second)
     return all(one == rest[0] for one in rest)
 
 
 def _outline(module: nn.Module) -> dict[str, Size]:
-    return {name: value.shape for name, value in module.state_dict().items()}
+    """Names and shapes of what has a shape: counters have none."""
+    return {name: value.shape for name, value in module.state_dict().items() if value.ndim}
