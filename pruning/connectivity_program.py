@@ -81,7 +81,7 @@ def foresee_connectivity(
     stage: str, config: ConnectivityConfig, settings: Settings, outlook: Outlook
 ) -> None:
     """Raises `UserError` for what is known to fail before anything is trained."""
-    if _is_finished(outlook.run, stage):
+    if _is_finished(outlook.run, stage, config):
         return
     where, trained = f"stages.{stage}", config.other is not None
     found = outlook.sources(f"{where}.ticket", config.ticket, config.levels, trained=trained)
@@ -92,11 +92,12 @@ def foresee_connectivity(
     _require_pairs(stage, config, [model for _, model in found], [model for _, model in others])
 
 
-def _is_finished(run: Folder, stage: str) -> bool:
+def _is_finished(run: Folder, stage: str, config: ConnectivityConfig) -> bool:
     """Whether all levels of a stage are measured: then it needs its sources no more."""
-    levels = [int(level) for level, _ in recorded_sources(run, stage) or ()]
-    folders = [run / f"{stage}/{_name(level)}" for level in levels]
-    return bool(levels) and all(find_result(folder) is not None for folder in folders)
+    sources = recorded_sources(run, stage) or []
+    num_levels = len(sources) if config.other is None else len(sources) // 2
+    folders = [run / f"{stage}/{_name(int(level))}" for level, _ in sources[:num_levels]]
+    return bool(folders) and all(find_result(folder) is not None for folder in folders)
 
 
 def _require_pairs(
@@ -123,7 +124,7 @@ def run_connectivity(session: Session, stage: str, config: ConnectivityConfig) -
     Raises `UserError` for tickets without weights to train from, or of different networks.
     """
     run = session.folder
-    if not session.engine.on_main(lambda: _is_finished(run, stage)):
+    if not session.engine.on_main(lambda: _is_finished(run, stage, config)):
         _Connectivity(session, stage, config).run()
 
 
@@ -151,8 +152,8 @@ class _Connectivity:
         session, run = self.session, self.session.folder
         num_steps = [2 * (session.total_steps - one.ticket.step) for one in self.found]
         session.display.plan(0 if self.others else sum(num_steps))
-        record = [one for pair in zip(self.found, self.others, strict=False) for one in pair]
-        session.engine.on_main(lambda: claim_sources(run, self.stage, record or self.found))
+        sources = self.found + self.others
+        session.engine.on_main(lambda: claim_sources(run, self.stage, sources))
         for index, one in enumerate(self.found):
             folder = run / f"{self.stage}/{_name(one.ticket.level)}"
             if session.engine.on_main(partial(find_result, folder)) is None:

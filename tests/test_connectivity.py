@@ -391,6 +391,20 @@ def test_a_result_that_is_damaged_is_named(finished: Path, tmp_path: Path) -> No
         find_result(Folder(path.parent))
 
 
+def test_a_finished_stage_needs_its_tickets_no_more(finished: Path, tmp_path: Path) -> None:
+    """Other levels than its own, of a run that is gone since."""
+    shutil.copytree(finished, tmp_path / "other")
+    text = BASE + "[[stages]]" + LINE.rpartition("[[stages]]")[2]
+    for stage in ("deeper", "imp-20"):
+        text = text.replace(f'"{stage}"', f'"other/{stage}"')
+    done = run(tmp_path, text)
+    before = facts(done), all_results(Folder(done))
+    shutil.rmtree(tmp_path / "other")
+    run(tmp_path, text)
+    assert (facts(done), all_results(Folder(done))) == before
+    assert before[1][0].second == f"{tmp_path}/other/imp-20/level-01"
+
+
 # ---- the report
 
 
