@@ -53,8 +53,9 @@ _NO_RESULTS = {
 def claimed(folder: Folder, config: RunConfig, engine: Engine) -> Iterator[None]:
     """A context in which the folder is this run's, and locked against other processes.
 
-    Raises `UserError` where it holds results of another configuration, naming the differences, or
-    where another process works in it (found out on a local disk only).
+    Raises `UserError` where it holds results of another configuration, naming the differences (a
+    stage without results may still change, come or go), or where another process works in it
+    (found out on a local disk only).
     """
     held: list[IO[str]] = []
 
@@ -82,7 +83,7 @@ def claim_data(folder: Folder, stage: str, record: Record, engine: Engine) -> No
 
     def claim() -> None:
         records = folder.read_json("data.json") if folder.exists("data.json") else {}
-        if stage in records and set((folder / stage).names()) - {RECORD}:
+        if stage in records and _stage_has_results(folder, stage):
             require_data(folder, stage, record)
         elif records.get(stage) != record:
             folder.write_json("data.json", {**records, stage: record})
@@ -101,9 +102,8 @@ def require_data(folder: Folder, stage: str, record: Record) -> None:
 
 
 def _has_results(folder: Folder) -> bool:
-    """Whether there is anything to lose; that a stage has found its tickets is nothing yet."""
-    found = set(folder.names()) - _NO_RESULTS
-    return any(set((folder / name).names()) - {RECORD} for name in found)
+    """Whether there is anything to lose."""
+    return any(_stage_has_results(folder, n) for n in set(folder.names()) - _NO_RESULTS)
 
 
 def read_run(folder: Folder) -> RunConfig:
@@ -165,13 +165,26 @@ def _require_same(folder: Folder, config: RunConfig) -> None:
     differences = [
         f"{key} is {before.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"
         for key in sorted(before.keys() | now.keys())
-        if _compared(key, before) != _compared(key, now) and not key.startswith(_MAY_CHANGE)
+        if _compared(key, before) != _compared(key, now)
+        and not key.startswith(_MAY_CHANGE)
+        and _is_settled(folder, key)
     ]
     if differences:
         raise UserError(
             f"{folder} belongs to another configuration: {'; '.join(differences)}. Choose another "
             "--name, or go on there with its own config.toml"
         )
+
+
+def _is_settled(folder: Folder, key: str) -> bool:
+    """Whether a setting has results: one of a stage's own, once that stage has any."""
+    section, _, rest = key.partition(".")
+    return section != "stages" or _stage_has_results(folder, rest.partition(".")[0])
+
+
+def _stage_has_results(folder: Folder, stage: str) -> bool:
+    """Whether a stage has anything to lose; that it has found its tickets is nothing yet."""
+    return bool(set((folder / stage).names()) - {RECORD})
 
 
 def _compared(key: str, settings: dict[str, Any]) -> Any:

@@ -186,7 +186,7 @@ def run_command(words: list[str]) -> int:
     except Interrupted as error:
         return _fail(error, f"interrupted: {error}; {_SAVED}", EXIT_INTERRUPTED)
     except KeyboardInterrupt as error:
-        return _fail(error, f"stopped; {_SAVED}", 1)
+        return _fail(error, f"stopped; {_SAVED}" if words[:1] == ["run"] else "stopped", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tombola ... | head`
         return 1

@@ -185,7 +185,11 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     own = [g for g in options if g.key in shared_keys]
     _refuse_renaming(options, name)
     config = _parse(kind, [g for g in options if g.key in own_keys], f"stages.{name}.")
-    settings = _parse(Settings, [*shared, *own], "")
+    try:
+        settings = _parse(Settings, [*shared, *own], "")
+    except UserError as error:
+        own_text = f", which sets {', '.join(g.key for g in own)}" if own else ""
+        raise UserError(f"{error} (in stage {name!r}{own_text})") from None
     return Stage(name, recipe, config, settings, _picked(settings, [g.key for g in own]))
 
 
@@ -238,6 +242,7 @@ def _explain(message: str, given: dict[str, Given], prefix: str) -> str:
     elif check:  # a section's own check begins with its name and the field's
         nested = f"{check[1]}.{check[2]}"
         key = nested if nested in given else check[2]
+    message = re.sub(r"Missing from \S+: .*", "is required", message)
     message = re.sub(r"no type matching (\S+) could be.*", r"must be \1", message)
     reason = re.sub(r"^Error parsing [\w.-]+: ", "", message)
     if key in given:

@@ -11,7 +11,7 @@ from pruning.tickets import Ticket
 
 _COLOURS = ("#1a5fb4", "#c64600", "#26a269", "#813d9c", "#986a44", "#a51d2d", "#5e5c64")
 _NAMES = {"imp": "winning tickets", "elastic": "elastic tickets", "random": "random masks"}
-_STYLES = ("--", ":", "-.", (0, (1, 3)))
+_STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
@@ -67,7 +67,7 @@ def connectivity_plot(results: Sequence[Connectivity]) -> bytes:
                 [error * 100 for error in curve.errors],
                 color=colour,
                 linestyle="-" if split == "test" else ":",
-                label=f"{result.stage}/{result.name}, {split} (density {result.density:.3g})",
+                label=f"{result.stage}/{result.name}, {split} (density {result.density:.2%})",
             )
     axes.set_xlabel("from the first network (0) to the second (1)")
     axes.set_ylabel("error, %")

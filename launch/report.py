@@ -43,6 +43,8 @@ def report_runs(places: Sequence[str], *, root: str, as_json: bool) -> None:
             continue
         console.print(f"{folder}\n", highlight=False, soft_wrap=True)
         print_tables(console, tickets, results)
+        if not tickets:
+            console.print("no finished level yet\n")
     if as_json:
         print(json.dumps(documents, indent=1))
 
@@ -61,7 +63,7 @@ def _document(
 
 def _as_json(result: Connectivity) -> dict[str, Any]:
     barriers = {split: curve.barrier for split, curve in result.curves.items()}
-    return {**result.to_json(), "barriers": barriers, "stable": result.is_stable}
+    return {**result.to_json(), "barriers": barriers, "connected": result.is_connected}
 
 
 class _Trained(NamedTuple):
@@ -154,9 +156,8 @@ def _levels_of(place: str, root: str) -> list[_Trained]:
 def _measured(session: Session, first: _Trained, second: _Trained, line: Line) -> Connectivity:
     ticket = first.ticket
     model = session.build_network(ticket.model).module
-    what = f"{ticket.place}: interpolating"
     start, end = (one.weights(session.engine) for one in (first, second))
-    curves = measure(session, model, start, end, line, what=what)
+    curves = measure(session, model, start, end, line, what=ticket.place)
     return Connectivity(
         stage=ticket.stage,
         name=ticket.name,
@@ -192,7 +193,9 @@ def _start(ticket: Ticket) -> tuple[str, str | None, int]:
 
 
 def _run(place: str, root: str) -> Folder:
-    """The folder of a run. Raises `UserError` for a store."""
+    """The folder of a run. Raises `UserError` for a store or a level."""
+    if find_single(place, root) is not None:
+        raise UserError(f"{place}: is one ticket: name its run (`tombola tickets show` has it)")
     tickets = find_tickets(place, root)
     if not isinstance(tickets, TicketFolder):
         raise UserError(f"{place}: is a ticket store; a report is of runs")

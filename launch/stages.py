@@ -4,11 +4,11 @@ import json
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from data.errors import UserError
-from pruning.elastic import DepthChange, Order, format_map, stages
+from pruning.elastic import DepthChange, Order, format_map, stages, transform
 from train.models import ModelConfig, ModelSpec
-from train.stages import Stage
 
 
 def show_stages(model: str, *, to: str | None, order: Order, as_json: bool) -> None:
@@ -16,13 +16,12 @@ def show_stages(model: str, *, to: str | None, order: Order, as_json: bool) -> N
 
     Raises `UserError` for an unknown model, one without stages, or one of another family.
     """
-    found = _stages_of(model)
-    maps = None
+    network = _outline("MODEL", model)
+    found, maps = stages(network), None
+    if not found:
+        raise UserError(f"{model} has no list of like blocks: its depth cannot be changed")
     if to is not None:
-        try:
-            maps = format_map(DepthChange.between(found, _stages_of(to), order).maps)
-        except UserError as error:
-            raise UserError(f"a ticket of {model} cannot become one of {to}: {error}") from None
+        maps = _map(model, network, to, order)
     if as_json:
         rows = [{**vars(stage), "num_blocks": stage.num_blocks} for stage in found]
         print(json.dumps({"model": model, "stages": rows, "to": to, "map": maps}, indent=1))
@@ -37,12 +36,20 @@ def show_stages(model: str, *, to: str | None, order: Order, as_json: bool) -> N
         console.print(f"{model} to {to}, {order}: {maps}")
 
 
-def _stages_of(model: str) -> list[Stage]:
+def _map(model: str, network: nn.Module, to: str, order: Order) -> str:
+    """Which blocks go where. Raises `UserError` where a ticket could not be moved so."""
+    target = _outline("--to", to)
+    try:
+        change = DepthChange.between(stages(network), stages(target), order)
+        transform(network.state_dict(), change, target.state_dict())
+    except UserError as error:
+        raise UserError(f"a ticket of {model} cannot become one of {to}: {error}") from None
+    return format_map(change.maps)
+
+
+def _outline(option: str, model: str) -> nn.Module:
     try:
         config = ModelConfig(name=model)
     except ValueError as error:
-        raise UserError(f"MODEL: {error}") from None
-    found = stages(ModelSpec.of(config, num_classes=10, in_chans=3).outline())
-    if not found:
-        raise UserError(f"{model} has no list of like blocks: its depth cannot be changed")
-    return found
+        raise UserError(f"{option}: {error}") from None
+    return ModelSpec.of(config, num_classes=10, in_chans=3).outline()

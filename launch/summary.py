@@ -18,7 +18,8 @@ _UNDER_IMP = (
     "ImageNet."
 )
 _BARRIER = (
-    f"Barrier: the highest error on the line less the mean of its ends; stable below {STABLE:.0%}."
+    f"Barrier: the highest error on the line less the mean of its ends; below {STABLE:.0%} on both "
+    "sets they are connected, and a ticket is stable if two trainings of it are."
 )
 
 
@@ -53,7 +54,12 @@ def print_tables(
         here = [result for result in results if result.stage == stage]
         console.print(connectivity_table(here, f"{stage}: error on the line"))
         treatments = ", ".join(dict.fromkeys(result.batchnorm for result in here))
-        console.print(f"BatchNorm: {treatments}", "", sep="\n")
+        console.print(f"BatchNorm: {treatments}")
+        for result in here:
+            if not result.first.startswith(f"{stage}/{result.name}-copy"):
+                ends = f"{result.name}: from {result.first} to {result.second}"
+                console.print(ends, highlight=False, soft_wrap=True)
+        console.print()
     if results:
         console.print(_BARRIER, "", sep="\n")
 
@@ -87,7 +93,7 @@ def connectivity_table(results: Sequence[Connectivity], title: str) -> Table:
     for split in splits:
         for name in (f"{split} ends", "peak", "barrier"):
             table.add_column(name)
-    table.add_column("stable")
+    table.add_column("connected")
     for column in table.columns:
         column.justify = "right"
     for result in results:
@@ -96,8 +102,10 @@ def connectivity_table(results: Sequence[Connectivity], title: str) -> Table:
             curve = result.curves[split]
             peak = max(curve.errors)
             cells += [f"{one:.2%}" for one in (peak - curve.barrier, peak, curve.barrier)]
-        level = result.name.removeprefix("level-")
-        table.add_row(level, f"{result.density:.2%}", *cells, "yes" if result.is_stable else "no")
+        level = result.name.removeprefix("level-").removeprefix("0")
+        table.add_row(
+            level, f"{result.density:.2%}", *cells, "yes" if result.is_connected else "no"
+        )
     return table
 
 

@@ -1,8 +1,9 @@
 """Linear mode connectivity: the error on the straight line between two trained networks.
 
 Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis (1912.05671). The
-barrier is the highest error on the line less the mean of its two ends, on a data set; a network is
-stable to SGD noise where two trainings of it have a barrier below 2 %.
+barrier is the highest error on the line less the mean of its two ends, on a data set. Below 2 %, on
+training and test images, the two are connected; a ticket of which two trainings are connected is
+stable.
 
 Statistics of batch normalisation that are interpolated like weights fit no network on the line but
 the ends, so by default they are taken anew at each point, from training batches.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from data.errors import Interrupted
+from data.errors import Interrupted, UserError
 from data.files import Folder
 from data.loader import EvaluationSet
 from pruning import document
@@ -28,7 +29,7 @@ from train.session import Session
 
 BatchNorm = Literal["recalibrate", "interpolate"]
 STABLE = 0.02
-"""the error barrier below which a network is stable (1912.05671, section 3)"""
+"""the error barrier below which two networks are connected (1912.05671, section 3)"""
 _RESULT, _RESULT_KIND = "connectivity.json", "tombola-connectivity"
 
 
@@ -62,7 +63,7 @@ class Connectivity:
     """train and test"""
 
     @property
-    def is_stable(self) -> bool:
+    def is_connected(self) -> bool:
         """Whether the barrier is below 2 % on every data set."""
         return all(curve.barrier < STABLE for curve in self.curves.values())
 
@@ -85,7 +86,7 @@ class Connectivity:
 def described(result: Connectivity) -> str:
     """In one line: `stable/level-03: barrier 0.41 % on train, 0.28 % on test: stable (...)`."""
     parts = [f"{curve.barrier:.2%} on {split}" for split, curve in result.curves.items()]
-    verdict = "stable" if result.is_stable else "not stable"
+    verdict = "connected" if result.is_connected else "not connected"
     place = f"{result.stage}/{result.name}"
     return f"{place}: barrier {', '.join(parts)}: {verdict} (BatchNorm: {result.batchnorm})"
 
@@ -136,15 +137,21 @@ def measure(
 ) -> dict[str, Curve]:
     """The errors on the line between two states of `model`, on training and test images.
 
-    All ranks call it together, and get the same. `what` is shown as it goes on. Raises
-    `Interrupted` after a signal: nothing is kept of a line that is not finished.
+    All ranks call it together, and get the same. `what` is shown as it goes on. Raises `UserError`
+    where both are the same state, and `Interrupted` after a signal: nothing is kept of a line that
+    is not finished.
     """
+    if all(torch.equal(value, second[name]) for name, value in first.items()):
+        raise UserError(
+            f"{what}: both ends are one and the same training: there is no line to measure; train "
+            "the second with another seed"
+        )
     sets = {"train": _training_images(session, line), "test": session.data.evaluation["test"]}
     recalibrates = line.batchnorm == "recalibrate" and bool(_batch_norms(model))
     flip = session.settings.train.eval_flip
     errors: dict[str, list[float]] = {split: [] for split in sets}
     for point in range(line.points):
-        session.display.work(what, point, line.points)
+        session.display.work(f"{what}: interpolating", point, line.points)
         model.load_state_dict(_between(first, second, point / (line.points - 1)))
         if recalibrates:
             recalibrate(session, model, line.num_batches)
@@ -152,8 +159,8 @@ def measure(
             result = evaluate(model, images, session.engine, flip=flip)
             errors[split].append(1 - result.accuracy)
         if session.signals.poll().stop:
-            raise Interrupted(f"at point {point + 1} of {line.points} of {what}, begun anew then")
-    session.display.work(what, line.points, line.points)
+            raise Interrupted(f"at point {point + 1} of {line.points} of the line of {what}")
+    session.display.work(f"{what}: interpolating", line.points, line.points)
     return {split: Curve(tuple(found)) for split, found in errors.items()}
 
 

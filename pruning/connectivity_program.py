@@ -141,11 +141,11 @@ class _Connectivity:
     def __init__(self, session: Session, stage: str, config: ConnectivityConfig) -> None:
         self.session, self.stage, self.config = session, stage, config
         self.tickets = TicketFolder(session.folder)
-        self.found = self._find(config.ticket, config.levels)
+        self.found = self._find("ticket", config.ticket, config.levels)
         self.others: list[Found] = []
         if config.other is not None:
             levels = config.other_levels or [one.ticket.level for one in self.found]
-            self.others = self._find(config.other, levels)
+            self.others = self._find("other", config.other, levels)
         session.engine.together(self._check)
 
     def run(self) -> None:
@@ -161,9 +161,11 @@ class _Connectivity:
             elif not self.others:
                 session.display.skip(num_steps[index])
 
-    def _find(self, place: str, levels: Sequence[int]) -> list[Found]:
-        run = self.session.folder
-        return self.session.engine.on_main(lambda: find_sources(place, levels, run), patient=True)
+    def _find(self, option: str, place: str, levels: Sequence[int]) -> list[Found]:
+        where, run = f"stages.{self.stage}.{option}", self.session.folder
+        return self.session.engine.on_main(
+            lambda: find_sources(where, place, levels, run), patient=True
+        )
 
     def _check(self) -> None:
         for one in self.found + self.others:
@@ -203,7 +205,7 @@ class _Connectivity:
             first.weights,
             second.weights,
             line,
-            what=f"{self.stage}/{name}: interpolating",
+            what=f"{self.stage}/{name}",
         )
         result = Connectivity(
             stage=self.stage,

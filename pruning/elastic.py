@@ -171,10 +171,10 @@ class DepthChange:
                 raise UserError(f"{one.name} has blocks {kind} there, {other.name} {wanted} here")
         pairs = list(zip(source, target, strict=True))
         if maps is None:
-            found = [index_map(a.num_blocks, b.num_blocks, order) for a, b in pairs]
+            found = [_between(a, b, order) for a, b in pairs]
         else:
             found = [list(one) for one in (list(maps) * len(pairs) if len(maps) == 1 else maps)]
-            _require_fit(found, pairs)
+            _require_fit("|".join(map(_format_stage, maps)), found, pairs)
         return cls(tuple(source), tuple(target), tuple(map(tuple, found)))
 
     @property
@@ -208,8 +208,16 @@ class DepthChange:
         )
 
 
-def _require_fit(maps: Sequence[Sequence[int]], pairs: Sequence[tuple[Stage, Stage]]) -> None:
-    text = format_map(maps)
+def _between(source: Stage, target: Stage, order: Order) -> list[int]:
+    try:
+        return index_map(source.num_blocks, target.num_blocks, order)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
+
+
+def _require_fit(
+    text: str, maps: Sequence[Sequence[int]], pairs: Sequence[tuple[Stage, Stage]]
+) -> None:
     if len(maps) != len(pairs):
         raise UserError(f"map = {text!r}: is of {len(maps)} stages, the networks have {len(pairs)}")
     for blocks, (source, target) in zip(maps, pairs, strict=True):

@@ -137,7 +137,10 @@ def run_elastic(session: Session, stage: str, config: ElasticConfig) -> None:
     engine, run = session.engine, session.folder
     if engine.on_main(lambda: _finished_levels(run, stage, config)) is not None:
         return
-    found = engine.on_main(lambda: find_sources(config.ticket, config.levels, run), patient=True)
+    where = f"stages.{stage}.ticket"
+    found = engine.on_main(
+        lambda: find_sources(where, config.ticket, config.levels, run), patient=True
+    )
     moves: list[_Move] = []
     engine.together(lambda: moves.extend(_Move(session, stage, config, f.ticket) for f in found))
     program, num_arms = _Elastic(session, stage, config), 1 + len(config.controls)

@@ -26,13 +26,15 @@ class Found(NamedTuple):
     level: Folder | None
 
 
-def find_sources(place: str, levels: Sequence[int], run: Folder) -> list[Found]:
+def find_sources(where: str, place: str, levels: Sequence[int], run: Folder) -> list[Found]:
     """The tickets that a stage starts from, without the bits of their masks.
 
-    `place`: an earlier stage, RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID, as a path or URL or below the
-    root of this run. `levels` chooses among those of a stage, in this order (default: the
-    sparsest). Raises `UserError` where there is none, `RunError` where one is damaged.
+    `where` names the option that holds the place: an earlier stage, RUN/STAGE, RUN/STAGE/LEVEL or
+    STORE/ID, as a path or URL or below the root of this run. `levels` chooses among those of a
+    stage, in this order (default: the sparsest). Raises `UserError` where there is none, `RunError`
+    where one is damaged.
     """
+    where = f"{where} = {place!r}"
     folders = [_folder_of(place, run)]
     if not _is_stage(place) and "://" not in place and not place.startswith(("/", "~")):
         folders.append(run.parent / place.rstrip("/"))
@@ -40,7 +42,7 @@ def find_sources(place: str, levels: Sequence[int], run: Folder) -> list[Found]:
         found = {int(m[1]): m[0] for name in folder.names() if (m := _LEVEL.fullmatch(name))}
         whole = [level for level in found if (folder / found[level]).exists(INDEX)]
         if whole:
-            chosen = _chosen(place, levels, whole)
+            chosen = _chosen(where, levels, whole)
             return [_in_run(folder / found[level]) for level in chosen]
     refusals = []
     for folder in folders:
@@ -49,30 +51,29 @@ def find_sources(place: str, levels: Sequence[int], run: Folder) -> list[Found]:
         except UserError as error:
             refusals.append(str(error))
             continue
-        _chosen(place, levels, [ticket.level])
+        _chosen(where, levels, [ticket.level])
         return [_in_run(folder) if folder.exists(INDEX) else Found(ticket, None)]
-    raise UserError(
-        f"ticket = {place!r}: {refusals[0]}; or give an earlier stage or RUN/STAGE, of which the "
-        "sparsest level is taken"
-    )
+    if any(folder.exists("config.toml") for folder in folders):
+        raise UserError(f"{where}: is a run: name a stage or a level of it, as RUN/STAGE")
+    raise UserError(f"{where}: {refusals[0]}; of RUN/STAGE, the sparsest level is taken")
 
 
 def _is_stage(place: str) -> bool:
     """Whether a place is the name of a stage of the same run, not a path or URL."""
-    return "/" not in place
+    return "/" not in place.rstrip("/")
 
 
 def _folder_of(place: str, run: Folder) -> Folder:
     if _is_stage(place):
-        return run / place
+        return run / place.rstrip("/")
     return Folder(place.rstrip("/").removesuffix(f"/{INDEX}"))
 
 
-def _chosen(place: str, levels: Sequence[int], known: Sequence[int]) -> list[int]:
+def _chosen(where: str, levels: Sequence[int], known: Sequence[int]) -> list[int]:
     for level in levels:
         if level not in known:
             there = ", ".join(map(str, sorted(known)))
-            raise UserError(f"levels = {list(levels)}: {place} has no level {level} (has: {there})")
+            raise UserError(f"{where}: there is no level {level} (there is {there})")
     return list(levels) or [max(known)]
 
 
@@ -127,7 +128,7 @@ class Outlook:
         for, where that is in no run.
         """
         if not _is_stage(place):
-            found = find_sources(place, levels, self.run)
+            found = find_sources(where, place, levels, self.run)
             for one in found:
                 one.ticket.require_fit()
                 if not trained:
@@ -138,10 +139,10 @@ class Outlook:
                         "the level of a run"
                     )
             return [(one.ticket.level, one.ticket.model) for one in found]
-        if place not in self.earlier:
+        promise = self.earlier.get(place.rstrip("/"))
+        if promise is None:
             raise UserError(f"{where} = {place!r}: {self._unknown(place)}")
-        promise = self.earlier[place]
-        chosen = _chosen(place, levels, promise.levels)
+        chosen = _chosen(f"{where} = {place!r}", levels, promise.levels)
         if promise.no_weights and not trained:
             raise UserError(f"{where} = {place!r}: {promise.no_weights}")
         return [(level, ModelSpec.of(promise.model, **_ANY)) for level in chosen]

@@ -93,7 +93,7 @@ def test_the_barrier_is_the_peak_less_the_mean_of_the_ends() -> None:
 def test_stable_is_a_barrier_below_two_percent(errors: Any, stable: bool) -> None:
     """... on every data set."""
     curves = {"train": Curve((0.0, 0.0)), "test": Curve(errors)}
-    assert Connectivity("s", "level-00", "a", "b", 1.0, "none", curves).is_stable is stable
+    assert Connectivity("s", "level-00", "a", "b", 1.0, "none", curves).is_connected is stable
 
 
 class Threshold(nn.Module):
@@ -336,7 +336,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "other levels than there will be": (
         IMP + DEEPER + LINE.replace("other_levels = [1]\n", ""),
         (),
-        "levels = [2]: imp-20 has no level 2 (has: 0, 1)",
+        "stages.line.other = 'imp-20': there is no level 2 (there is 0, 1)",
     ),
     "fewer other levels": (
         IMP + STABLE,
@@ -429,12 +429,18 @@ def test_a_report_as_json(finished: Path) -> None:
     assert document["connectivity"][0]["barriers"].keys() == {"train", "test"}
 
 
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same stages from another seed, in part."""
+    folder = tmp_path_factory.mktemp("another")
+    return run(folder, BASE + IMP + DEEPER, "--seed", "4", "--stages.deeper.levels", "1", "2")
+
+
 def test_a_barrier_between_two_runs_is_measured_level_by_level(
-    finished: Path, tmp_path: Path
+    finished: Path, another: Path
 ) -> None:
     """Every level of every stage that both have; here from other weights."""
-    other = run(tmp_path, BASE + IMP + DEEPER, "--seed", "4", "--stages.deeper.levels", "1", "2")
-    words = ["report", str(finished), str(other), "--barrier", "--points", "3"]
+    words = ["report", str(finished), str(another), "--barrier", "--points", "3"]
     document = json_of([*words, "--num-batches", "2", "--train-images", "100"])
     assert [(line["stage"], line["name"]) for line in document] == [
         ("imp", "level-00"),
@@ -447,16 +453,25 @@ def test_a_barrier_between_two_runs_is_measured_level_by_level(
     assert only["name"] == "level-01"
 
 
-def test_two_ranks_report_as_one(finished: Path, tmp_path: Path) -> None:
-    """Over several stages, one line an error and one table."""
-    place = str(finished)
-    words = ["report", place, place, "--barrier", "--points", "3", "--batchnorm", "interpolate"]
+def test_two_ranks_report_as_one(finished: Path, another: Path, tmp_path: Path) -> None:
+    """Over several stages, printed once."""
+    words = ["report", str(finished), str(another), "--barrier", "--points", "3"]
     output = tmp_path / "out"
-    assert tombola(*words, world_size=2, output=output) == [0, 0]
+    options = ("--batchnorm", "interpolate")
+    assert tombola(*words, *options, world_size=2, output=output) == [0, 0]
     printed = (tmp_path / "out.0").read_text()
-    assert printed.count(": error on the line") == 3
-    assert printed.count("trained from the same weights and masks") == 6
+    assert printed.count(": error on the line") == 2
+    assert printed.count("were trained from different tickets") == 4
     assert (tmp_path / "out.1").read_text() == ""
+
+
+def test_a_training_is_not_compared_with_itself(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line without length would seem to prove that the ticket is stable."""
+    place = f"{finished}/imp/level-02"
+    assert run_command(["report", place, place, "--barrier"]) == 2
+    assert "both ends are one and the same training" in capsys.readouterr().err
 
 
 def test_a_report_is_of_the_data_of_the_run(
@@ -489,6 +504,7 @@ def test_the_report_prints_one_line_for_a_mistake(
         (f"{place}/imp/level-01", f"{place}/deeper/level-02", "--barrier"): "different networks",
         (place, place, "--barrier", "--levels", "7"): "have no such level in common",
         (f"{place}x",): "no run and no ticket store there",
+        (f"{place}/imp/level-01",): "is one ticket: name its run",
     }
     for words, line in expected.items():
         assert run_command(["report", *words]) == 2

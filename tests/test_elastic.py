@@ -293,7 +293,11 @@ def test_what_does_not_fit_is_named() -> None:
         ("resnet18", "cifar_resnet20", "another number of stages: layer1 2, .* there, stages.0 3"),
         ("resnet34", "resnet50", "layer1 has blocks BasicBlock there, layer1 Bottleneck here"),
         ("vgg16", "vgg19", "no list of like blocks"),
-        ("cifar_resnet8", "cifar_resnet14", "a stage of 1 block cannot be stretched to 2"),
+        (
+            "cifar_resnet8",
+            "cifar_resnet14",
+            r"stages\.0: a stage of 1 block cannot be stretched to 2",
+        ),
     ],
 )
 def test_another_family_is_one_line(source: str, target: str, problem: str) -> None:

@@ -318,7 +318,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no such level": (
         IMP + DEEPER,
         ("--stages.deeper.levels", "9"),
-        "imp has no level 9 (has: 0, 1, 2)",
+        "stages.deeper.ticket = 'imp': there is no level 9 (there is 0, 1, 2)",
     ),
     "a map of another depth": (
         IMP + DEEPER,
@@ -360,7 +360,43 @@ def test_a_mistake_is_one_line_before_anything_is_trained(
 def test_a_ticket_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = BASE + IMP + DEEPER.replace('ticket = "imp"\n', "")
     assert run_command(["run", write_config(tmp_path, text), "--root", str(tmp_path)]) == 2
-    assert "ticket" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: stages.deeper.ticket: is required\n"
+
+
+def test_a_setting_that_a_stage_inherits_is_refused_with_its_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shared width is none of timm's networks'."""
+    text = BASE + IMP + DEEPER.replace("cifar_resnet20", "resnet34")
+    assert run_command(["run", write_config(tmp_path, text), "--root", str(tmp_path)]) == 2
+    assert "(in stage 'deeper', which sets model.name)" in capsys.readouterr().err
+
+
+def test_a_stage_without_results_may_change_and_come_later(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the finished stages came to stays; a stage with results may not change."""
+    done = run(tmp_path, BASE + IMP)
+    before = ticket_facts(done)
+    later = BASE + IMP + DEEPER + "levels = [1]\n"
+    words = ["run", write_config(tmp_path, later), "--root", str(tmp_path)]
+    assert run_command([*words, "--stages.deeper.train.total", "4it"]) == 2  # before step k
+    assert run_command([*words, "--stages.deeper.train.total", "9it"]) == 0
+    tickets = ticket_facts(done)
+    assert tickets.keys() - before.keys() == {"deeper/level-01"}
+    assert all(tickets[name] == ticket for name, ticket in before.items())
+    capsys.readouterr()
+    assert run_command([*words, "--stages.deeper.train.total", "8it"]) == 2
+    assert "stages.deeper.train.total is '9it' there and '8it' here" in capsys.readouterr().err
+    assert run_command([*words, "--stages.imp.rounds", "1"]) == 2
+
+
+def test_a_place_that_is_a_run_says_what_to_name(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = BASE + DEEPER.replace('"imp"', f'"{finished}/"')
+    assert run_command(["run", write_config(tmp_path, text), "--root", str(tmp_path)]) == 2
+    assert "is a run: name a stage or a level of it, as RUN/STAGE" in capsys.readouterr().err
 
 
 def test_sources_that_cannot_be_used_are_one_line(
@@ -373,7 +409,7 @@ def test_sources_that_cannot_be_used_are_one_line(
     expected: list[tuple[tuple[str, ...], str]] = [
         (other_data, "its head has 10 classes, the data have 7; for another data set set transfer"),
         (("--train.total", "5it"), "is of step 5, beyond the end of the training at step 5"),
-        (("--stages.deeper.levels", "7"), "has no level 7 (has: 0, 1, 2)"),
+        (("--stages.deeper.levels", "7"), "there is no level 7 (there is 0, 1, 2)"),
     ]
     for options, line in expected:
         words = ["run", write_config(tmp_path, text), "--root", str(tmp_path), *options]

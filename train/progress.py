@@ -79,7 +79,10 @@ class Display:
         if self._live is not None:
             if self._work is None:
                 self._work = self._live.add_task(what, total=total, facts="")
-            self._live.update(self._work, description=what, completed=done, total=total, facts=line)
+            count = f"{done:,} of {total:,}"
+            self._live.update(
+                self._work, description=what, completed=done, total=total, facts=count
+            )
             if done >= total:
                 self._live.remove_task(self._work)
                 self._work = None
