@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from data.files import Folder
 from launch.claim import read_run, require_data
 from launch.config import Stage
@@ -104,14 +104,15 @@ def report_barrier(
             continue
         engine = make_engine(stage)
         display = Display(shown=engine.is_main and not as_json)
-        session = _session(stage, engine, run, display, data_root)
+        session = open_stage(stage, engine, run, display, data_root)
         try:
             engine.on_main(partial(require_data, run, stage.name, session.data_record))
             results += [_measured(session, *pair, line) for pair in here]
             session.signals.drain()
         finally:
             display.close()
-    assert engine is not None, "a level's stage is in its run's configuration"
+    if engine is None:
+        raise RunError(f"{run}/config.toml: has none of the stages that the run has tickets of")
     if engine.is_main:
         _print(results, pairs, as_json)
     engine.close()
@@ -202,7 +203,7 @@ def _run(place: str, root: str) -> Folder:
     return tickets.folder
 
 
-def _session(
+def open_stage(
     stage: Stage, engine: Engine, run: Folder, display: Display, data_root: str | None = None
 ) -> Session:
     """A stage of a run, of which nothing is recorded; of image files the run keeps what is known.

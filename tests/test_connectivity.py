@@ -20,7 +20,7 @@ from data.errors import RunError
 from data.files import Folder
 from launch.cli import run_command
 from launch.config import read_config
-from launch.report import _session
+from launch.report import open_stage
 from launch.run import make_engine
 from pruning.connectivity import (
     Connectivity,
@@ -74,7 +74,7 @@ def session(tmp_path: Path) -> Session:
     """Of the digits, with batches of 96, on one rank."""
     stage = read_config(write_config(tmp_path, BASE + IMP)).stages[0]
     engine = make_engine(stage)
-    return _session(stage, engine, Folder(tmp_path / "run"), Display(shown=False))
+    return open_stage(stage, engine, Folder(tmp_path / "run"), Display(shown=False))
 
 
 # ---- the measure
@@ -301,7 +301,7 @@ def recalibrated(folder: str) -> None:
     """Writes the statistics that this rank comes to, over two batches of the digits."""
     stage = read_config(write_config(Path(folder), BASE + IMP)).stages[0]
     engine = make_engine(stage)
-    session = _session(stage, engine, Folder(folder) / "run", Display(shown=False))
+    session = open_stage(stage, engine, Folder(folder) / "run", Display(shown=False))
     torch.manual_seed(engine.rank)
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
     for _ in range(2):
