@@ -96,8 +96,11 @@ def _new_figure() -> tuple[Any, Any]:
 
 def _finished(figure: Any, axes: Any) -> bytes:
     axes.grid(alpha=0.25)
-    many = len(axes.get_legend_handles_labels()[0]) > 6
-    axes.legend(frameon=False, fontsize="x-small" if many else "medium")
+    if len(axes.get_legend_handles_labels()[0]) > 4:  # beside the curves, not over them
+        figure.set_size_inches(9.5, 4.5)
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    else:
+        axes.legend(frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
