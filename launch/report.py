@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,8 @@ def report_runs(places: Sequence[str], *, root: str, as_json: bool) -> None:
     """Prints the tables of each run: its levels with their controls, and its error barriers."""
     if not places:
         raise UserError("name a run: tombola report runs/digits-imp")
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one rank's tables are enough
     console, documents = Console(), []
     for place in places:
         folder = _run(place, root)
