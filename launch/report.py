@@ -21,7 +21,7 @@ from launch.run import make_engine
 from launch.summary import print_tables
 from pruning.connectivity import Connectivity, Line, measure
 from pruning.store import TicketFolder
-from pruning.tickets import Ticket, find_ticket
+from pruning.tickets import INDEX, Ticket, find_ticket
 from pruning.trained import trained_weights
 from train.engine import Engine
 from train.metrics import Recorder
@@ -149,8 +149,8 @@ def _levels_of(place: str, root: str) -> list[_Trained]:
     """The level that a place names, or the levels of a run, without controls."""
     single = find_single(place, root)
     if single is not None:
-        level = Folder(single.removesuffix("/ticket.json"))
-        if not level.exists("ticket.json"):
+        level = Folder(single.removesuffix(f"/{INDEX}"))
+        if not level.exists(INDEX):
             raise UserError(f"{place}: is in a store, which has no trained weights; name a run's")
         return [_Trained(level.parent.parent, find_ticket(single))]
     run = _run(place, root)

@@ -9,9 +9,8 @@ Statistics of batch normalisation that are interpolated like weights fit no netw
 the ends, so by default they are taken anew at each point, from training batches.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from data.loader import EvaluationSet
 from pruning import document
 from pruning.store import TicketFolder
 from train.evaluate import evaluate
+from train.rng import kept_generators
 from train.session import Session
 
 BatchNorm = Literal["recalibrate", "interpolate"]
@@ -184,21 +184,14 @@ def recalibrate(session: Session, model: nn.Module, num_batches: int) -> None:
     draws the same each time.
     """
     engine = session.engine
-    devices = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), engine.autocast():
+    batches = session.first_batches(num_batches, "connectivity", "batchnorm")
+    with kept_generators(engine.device), engine.autocast():
         torch.manual_seed(session.seed("connectivity", "dropout", engine.rank))
-        update_bn(_images(session, num_batches), model)
+        update_bn(batches, model)
     for norm in _batch_norms(model):
         for buffer in (norm.running_mean, norm.running_var):
             assert buffer is not None
             buffer.copy_(engine.reduce(buffer) / engine.world_size)
-
-
-def _images(session: Session, num_batches: int) -> Iterator[Tensor]:
-    loader = session.data.loader(session.seed("connectivity", "batchnorm"))
-    num_parts = session.engine.num_micro_batches(loader.batch_size)
-    for images, _ in islice(loader, num_batches):
-        yield from map(session.engine.place, images.tensor_split(num_parts))
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

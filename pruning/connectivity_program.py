@@ -186,11 +186,7 @@ class _Connectivity:
             )
         if not self.others:
             require_weights(ticket)
-            if not ticket.step < session.total_steps:
-                raise UserError(
-                    f"{where} is of step {ticket.step}, beyond the end of the training at step "
-                    f"{session.total_steps} (train.total = {session.settings.train.total!r})"
-                )
+            session.require_before_end(ticket.step, f"{where} is of step")
 
     def _measure(self, one: Found, other: Found | None) -> None:
         session, line, name = self.session, self.config.line, _name(one.ticket.level)

@@ -14,15 +14,14 @@ masked and the replicas dense.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.errors import UserError
 from data.files import Folder
-from data.loader import Batch
 from pruning.allocate import keep_count, shuffle_layers
 from pruning.elastic import DepthChange, Order, format_map, parse_map, stages, transform
 from pruning.masks import Masks, prunable
@@ -86,11 +85,10 @@ class ElasticConfig:
         if self.snip_batches < 1:
             raise ValueError(f"snip_batches = {self.snip_batches}: must be at least 1")
 
-    def change(self, source: ModelSpec, target: ModelSpec) -> DepthChange:
-        """How tickets of `source` become tickets of `target`. Raises `UserError`."""
+    def change(self, source: nn.Module, target: nn.Module) -> DepthChange:
+        """How tickets of one network become tickets of another. Raises `UserError`."""
         maps = None if self.map is None else parse_map(self.map)
-        there, here = stages(source.outline()), stages(target.outline())
-        change = DepthChange.between(there, here, self.order, maps)
+        change = DepthChange.between(stages(source), stages(target), self.order, maps)
         needing = [control for control in self.controls if control in _NEEDS_REPLICAS]
         if needing and not change.replicates:
             raise UserError(f"controls = {needing[0]!r}: no block is replicated; leave it out")
@@ -110,8 +108,8 @@ def foresee_elastic(
             settings.model, num_classes=source.num_classes, in_chans=source.in_chans
         )
         with _told_of(stage, source, target):
-            tensors, shapes = source.outline().state_dict(), target.outline().state_dict()
-            transform(tensors, config.change(source, target), shapes)
+            there, here = source.outline(), target.outline()
+            transform(there.state_dict(), config.change(there, here), here.state_dict())
         levels.append(level)
     return Promise(settings.model, tuple(levels))
 
@@ -158,19 +156,15 @@ class _Move:
         source.require_fit()
         self.source, self.target = source, session.model_spec
         self.first_step = 0 if config.transfer else source.step
-        if not self.first_step < session.total_steps:
-            raise UserError(
-                f"stages.{stage}: ticket {source.place} is of step {self.first_step}, beyond the "
-                f"end of the training at step {session.total_steps} (train.total = "
-                f"{session.settings.train.total!r})"
-            )
+        ticket = f"stages.{stage}: ticket {source.place} is of step"
+        session.require_before_end(self.first_step, ticket)
         self._fresh_seed = session.seed("elastic", "head")
         with _told_of(stage, source.model, self.target):
             self._fresh = self._fresh_head(config)
-            self.change = config.change(source.model, self.target)
-            outline = self.target.outline()
-            self._tensors, self._prunable = outline.state_dict(), prunable(outline)
-            self._transform(source.outline().state_dict())
+            there, here = source.outline(), self.target.outline()
+            self.change = config.change(there, here)
+            self._tensors, self._prunable = here.state_dict(), prunable(here)
+            self._transform(there.state_dict())
 
     def _fresh_head(self, config: ElasticConfig) -> frozenset[str]:
         """The names of the head's tensors, if they are not copied."""
@@ -198,7 +192,7 @@ class _Move:
         moved = self._transform(self.source.weights())
         if not self._fresh:
             return moved
-        fresh = self.target.build(self._fresh_seed).state_dict()
+        fresh = _initial(self.target, self._fresh_seed)
         return {name: moved.get(name, value) for name, value in fresh.items()}
 
     def masks(self, source: Masks) -> Masks:
@@ -235,10 +229,9 @@ class _Elastic:
                 move, masks, lambda replicas: self._sensitive(move, masks, replicas)
             ),
         }
-        start = move.weights
+        choose, start = masks[control], move.weights
         if control == "reinit":
-            start = lambda: move.target.build(seed).state_dict()  # noqa: E731
-        choose = masks[control]
+            start = partial(_initial, move.target, seed)
         return self._train(move, control, lambda: choose(self._read(ticket)), start, ticket)
 
     def _train(
@@ -285,18 +278,14 @@ class _Elastic:
         model.load_state_dict(move.weights())
         rest = Masks({name: mask for name, mask in masks.items() if name not in replicas})
         rest.project_(model)
-        scores = snip(model, self._batches(), ranks=engine)
+        batches = self.session.first_batches(self.config.snip_batches, "elastic", "snip")
+        scores = snip(model, batches, ranks=engine)
         chosen = {name: scores[name] for name in replicas}
         return keep_count(chosen, replicas.kept, ranks=engine).to("cpu")
 
-    def _batches(self) -> Iterator[Batch]:
-        """This rank's shares of the first global batches of a stream of their own, cut small."""
-        session, engine = self.session, self.session.engine
-        loader = session.data.loader(session.seed("elastic", "snip"))
-        for images, labels in islice(loader, self.config.snip_batches):
-            parts = engine.num_micro_batches(loader.batch_size)
-            pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-            yield from (Batch(engine.place(one), other) for one, other in pairs)
+
+def _initial(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    return spec.build(seed).state_dict()
 
 
 def _head(spec: ModelSpec) -> frozenset[str]:

@@ -118,12 +118,8 @@ class _Imp:
         self.session, self.stage, self.config = session, stage, config
         self.tickets = TicketFolder(session.folder)
         self.start_step, self.stop = session.steps(config.rewind), session.total_steps
-        if not self.start_step < self.stop:
-            raise UserError(
-                f"stages.{stage}.rewind = {config.rewind!r} is step {self.start_step}, beyond the "
-                f"end of the training at step {self.stop} (train.total = "
-                f"{session.settings.train.total!r})"
-            )
+        rewind = f"stages.{stage}.rewind = {config.rewind!r} is step"
+        session.require_before_end(self.start_step, rewind)
         self.network = session.build_network()
         try:
             self.everything = Masks.ones(self.network.module, config.exclude).to("cpu")

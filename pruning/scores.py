@@ -10,6 +10,7 @@ from data.errors import UserError
 from data.loader import Batch
 from pruning.masks import prunable
 from train.ranks import ALONE, Ranks
+from train.rng import kept_generators
 
 
 def magnitude(
@@ -39,7 +40,7 @@ def snip(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with kept_generators(device):
         for images, labels in batches:
             loss = F.cross_entropy(model(images.float()), labels, reduction="sum")
             gradients = torch.autograd.grad(loss, list(weights.values()))

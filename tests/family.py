@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from tiny import write_config
 
 from launch.cli import run_command
 
+Mistake = tuple[str, tuple[str, ...], str]
+"""stages, options, and what the one line says"""
 BASE = """
 name = "tiny"
 seed = 3
@@ -55,3 +58,14 @@ def run(folder: Path, text: str, *overrides: str) -> Path:
     words = ["run", write_config(folder, text), "--root", str(folder), *overrides]
     assert run_command(words) == 0
     return folder / "tiny"
+
+
+def assert_refused(mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run ends with one line that says what is wrong, before anything is written."""
+    text, options, expected = mistake
+    words = ["run", write_config(folder, BASE + text), "--root", str(folder), *options]
+    assert run_command(words) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (folder / "tiny").exists()

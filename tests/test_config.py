@@ -47,11 +47,11 @@ def test_the_elastic_configurations_have_the_papers_maps() -> None:
     for name, maps in expected.items():
         source, *others = read_config(str(CONFIGS[0].parent / f"{name}.toml")).stages
         for stage in others:
-            specs = [
-                ModelSpec.of(one.settings.model, num_classes=10, in_chans=3)
+            outlines = [
+                ModelSpec.of(one.settings.model, num_classes=10, in_chans=3).outline()
                 for one in (source, stage)
             ]
-            assert format_map(stage.config.change(*specs).maps) == maps[stage.name]
+            assert format_map(stage.config.change(*outlines).maps) == maps[stage.name]
 
 
 def test_the_imagenet_configuration_is_the_papers_recipe() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family import BASE, DEEPER, IMP, run
+from family import BASE, DEEPER, IMP, Mistake, assert_refused, run
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
 from tiny import assert_same_run, facts, ticket_facts, write_config
@@ -327,7 +327,7 @@ def test_the_ranks_recalibrate_together(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], value, rtol=0.1, atol=0.05)
 
 
-MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
+MISTAKES: dict[str, Mistake] = {
     "different networks": (
         IMP + DEEPER + STABLE,
         ("--stages.stable.other", "deeper", "--stages.stable.levels", "2"),
@@ -367,13 +367,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
 def test_a_mistake_is_one_line_before_anything_is_trained(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, options, expected = MISTAKES[name]
-    words = ["run", write_config(tmp_path, BASE + text), "--root", str(tmp_path), *options]
-    assert run_command(words) == 2
-    printed = capsys.readouterr()
-    assert expected in printed.err
-    assert printed.err.count("\n") == 1
-    assert not (tmp_path / "tiny").exists()
+    assert_refused(MISTAKES[name], tmp_path, capsys)
 
 
 def test_learning_rate_rewinding_is_compared_by_what_it_was_trained_to(tmp_path: Path) -> None:

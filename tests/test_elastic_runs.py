@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import BASE, DEEPER, IMP, SHALLOWER, run
+from family import BASE, DEEPER, IMP, SHALLOWER, Mistake, assert_refused, run
 from idx_files import write_idx
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
@@ -289,7 +289,7 @@ def test_a_fresh_head_is_dense(num_classes: int, finished: Path, tmp_path: Path)
 # ---- mistakes
 
 
-MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
+MISTAKES: dict[str, Mistake] = {
     "no such stage": (
         IMP + DEEPER.replace('"imp"', '"ipm"'),
         (),
@@ -348,13 +348,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
 def test_a_mistake_is_one_line_before_anything_is_trained(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, options, expected = MISTAKES[name]
-    words = ["run", write_config(tmp_path, BASE + text), "--root", str(tmp_path), *options]
-    assert run_command(words) == 2
-    printed = capsys.readouterr()
-    assert expected in printed.err
-    assert printed.err.count("\n") == 1
-    assert not (tmp_path / "tiny").exists()
+    assert_refused(MISTAKES[name], tmp_path, capsys)
 
 
 def test_a_ticket_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

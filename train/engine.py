@@ -21,6 +21,7 @@ from data.errors import UserError
 from data.loader import Batch
 from train.objective import Objective
 from train.ranks import Ranks
+from train.rng import kept_generators
 from train.state import Network, TrainState
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -90,8 +91,7 @@ class Engine(Ranks):
         gradients of that step in another order.
         """
         before = {name: value.clone() for name, value in network.module.state_dict().items()}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with kept_generators(self.device):
             for _ in range(2):
                 with self.autocast():
                     output = network.wrapped(self.place(example))

@@ -51,12 +51,8 @@ class ModelConfig:
             raise ValueError(f"width = {self.width}: must be at least 1")
         if self.blocks is not None and self.name.startswith("cifar_vgg"):
             raise ValueError(f"blocks is no option of {self.name}")
-        if self.blocks is not None and not (
-            self.blocks and min(self.blocks) >= 1 and max(self.blocks) <= _MOST_BLOCKS
-        ):
-            raise ValueError(
-                f"blocks = {self.blocks}: must be from 1 to {_MOST_BLOCKS} in each stage"
-            )
+        if self.blocks is not None:
+            _check_blocks(list(self.blocks))
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,8 @@ class ModelSpec:
         """Raises `ValueError` for what would fetch or unpickle a file: a ticket may be anyone's."""
         if re.search(r"[:/]", self.name):
             raise ValueError(f"model {self.name!r} is not one that is built here")
-        blocks = self.arguments.get("blocks", [1])
-        if not isinstance(blocks, list) or not all(
-            type(count) is int and 0 < count <= _MOST_BLOCKS for count in blocks
-        ):
-            shown = f"{blocks!r:.40}"
-            raise ValueError(f"blocks = {shown}: not a list of numbers from 1 to {_MOST_BLOCKS}")
+        if "blocks" in self.arguments:
+            _check_blocks(self.arguments["blocks"])
         for argument in self.arguments:
             if re.search(r"pretrained|checkpoint|cache|_file", argument):
                 raise ValueError(f"model argument {argument!r} reads a file")
@@ -124,6 +116,14 @@ class ModelSpec:
         """The network without memory for its weights (on torch's `meta`). Raises as `build`."""
         with torch.device("meta"):
             return self.build()
+
+
+def _check_blocks(blocks: Any) -> None:
+    """Raises `ValueError` unless these are numbers of blocks, whoever wrote them."""
+    whole = isinstance(blocks, list) and all(type(count) is int for count in blocks)
+    if not whole or not blocks or not 1 <= min(blocks) <= max(blocks) <= _MOST_BLOCKS:
+        shown = f"{blocks!r:.40}"
+        raise ValueError(f"blocks = {shown}: must be from 1 to {_MOST_BLOCKS} in each stage")
 
 
 def _as_timm_has_it(name: str, blocks: list[int]) -> dict[str, Any]:

@@ -75,11 +75,10 @@ class Display:
 
     def work(self, what: str, done: int, total: int) -> None:
         """Work outside the training has come so far; where it ends, its line goes."""
-        line = f"{what}: {done:,} of {total:,}"
+        count = f"{done:,} of {total:,}"
         if self._live is not None:
             if self._work is None:
                 self._work = self._live.add_task(what, total=total, facts="")
-            count = f"{done:,} of {total:,}"
             self._live.update(
                 self._work, description=what, completed=done, total=total, facts=count
             )
@@ -87,7 +86,7 @@ class Display:
                 self._live.remove_task(self._work)
                 self._work = None
         elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
-            self.say(line)
+            self.say(f"{what}: {count}")
 
     def say(self, line: str) -> None:
         """A line that stays."""

@@ -1,10 +1,16 @@
 """The random generators of a process as tensors of a fixed size, fit for a checkpoint."""
 
 import random
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def kept_generators(device: torch.device) -> AbstractContextManager[None]:
+    """A context that leaves torch's generators as they were, on the CPU and on the device."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def seed_everything(seed: int) -> None:

@@ -5,8 +5,9 @@ phase, and records what comes of it. Each phase has its own folder of checkpoint
 was interrupted goes on from the newest valid one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from data.config import ON_DISK
 from data.errors import UserError
 from data.files import Folder
+from data.loader import Batch
 from data.order import stream_seed
 from data.record import Record, described
 from data.sources import Data, Placement, decoder_of, open_data, prepare_data
@@ -157,6 +159,14 @@ class Session:
             in_chans=self.data.image_shape[0],
         )
 
+    def require_before_end(self, step: int, what: str) -> None:
+        """Raises `UserError`, beginning with `what`, unless `step` leaves anything to train."""
+        if not step < self.total_steps:
+            raise UserError(
+                f"{what} {step}, beyond the end of the training at step {self.total_steps} "
+                f"(train.total = {self.settings.train.total!r})"
+            )
+
     def seed(self, *labels: str | int) -> int:
         """A seed of the run for one purpose."""
         return stream_seed(self.settings.seed, *labels)
@@ -184,6 +194,16 @@ class Session:
                     f"model.name = {name!r} does not take images of "
                     f"{'x'.join(map(str, shape))}: {reason}"
                 ) from None
+
+    def first_batches(self, num_batches: int, *labels: str | int) -> Iterator[Batch]:
+        """This rank's shares of the first global batches of a stream, cut into micro-batches."""
+        loader = self.data.loader(self.seed(*labels))
+        num_parts = self.engine.num_micro_batches(loader.batch_size)
+        for images, targets in islice(loader, num_batches):
+            parts = zip(
+                images.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True
+            )
+            yield from (Batch(self.engine.place(part), target) for part, target in parts)
 
     # Training ----------------------------------------------------------------------------
 
