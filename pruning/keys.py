@@ -4,7 +4,7 @@ A float's bits, read as an integer, are ordered as the floats are, once negative
 round.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,3 +119,18 @@ def places_of(found: Array) -> Array:
 def count_true(found: Array) -> int:
     """How many are `True`."""
     return int(torch.count_nonzero(found) if isinstance(found, Tensor) else np.count_nonzero(found))
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """The keys of all parts, at least one, in one array."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return np.concatenate(parts)
+
+
+def largest(keys: Array, count: int) -> int:
+    """The `count`-th largest key."""
+    place = len(keys) - count
+    if isinstance(keys, Tensor):
+        return int(keys.kthvalue(place + 1).values)
+    return int(np.partition(keys, place)[place])

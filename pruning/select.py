@@ -4,7 +4,8 @@ A histogram over the upper 16 bits of the scores' keys (`pruning/keys.py`) finds
 threshold, one over the lower 16 bits within it the threshold itself, without rounding. A sample
 tells beforehand in which few buckets the threshold should lie. One pass over all scores then
 selects what lies above these and takes out the keys within, so that only those are counted and
-chosen among; where the sample was wrong, or too many lie within, all are.
+chosen among; where the sample was wrong, or too many lie within, all are. A rank that is alone
+partitions the few keys instead of counting them.
 
 With several ranks each holds a share of every layer, counts are summed over the ranks, and nothing
 else is exchanged. Ties at the threshold are kept in layer order, then by flat index, where a
@@ -19,7 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pruning.keys import HIGHEST, LOWEST, Array, Chunk, Layers, count_true, places_of
+from pruning.keys import (
+    HIGHEST,
+    LOWEST,
+    Array,
+    Chunk,
+    Layers,
+    count_true,
+    joined,
+    largest,
+    places_of,
+)
 from train.ranks import ALONE, Ranks
 
 _SAMPLE = 1 << 18
@@ -97,6 +108,11 @@ class _Between:
     def names(self) -> Collection[str]:
         return self._selected.keys()
 
+    @property
+    def are_held(self) -> bool:
+        """Whether they are few, and taken out."""
+        return self._held is not None
+
     def take(self) -> Tensor:
         """Selects what lies above; how many that are, and how many candidates lie between."""
         num_above, num_between = 0, 0
@@ -126,8 +142,7 @@ class _Between:
         """The candidates' keys, part by part."""
         for chunk in self.chunks():
             keys = chunk.candidates()
-            held = self._held is not None
-            yield keys if held else keys[(keys >= self._low) & (keys <= self._high)]
+            yield keys if self.are_held else keys[(keys >= self._low) & (keys <= self._high)]
 
     def finish(self) -> None:
         """Writes the marks of what is held to where it was taken."""
@@ -148,6 +163,10 @@ def _narrow(
 
 def _threshold(between: _Between, count: int, ranks: Ranks) -> tuple[int, int]:
     """The smallest key of the `count` largest, and how many of them have just that key."""
+    if between.are_held and ranks.world_size == 1:
+        keys = joined(list(between.found()))
+        threshold = largest(keys, count)
+        return threshold, count - count_true(keys > threshold)
     digits = (_upper(keys) for keys in between.found())
     bucket, above = _bucket(_summed(lambda: _histogram(digits), ranks), count)
     tails = (keys[_upper(keys) == bucket] & 0xFFFF for keys in between.found())
@@ -157,6 +176,8 @@ def _threshold(between: _Between, count: int, ranks: Ranks) -> tuple[int, int]:
 
 def _guess(layers: Layers, count: int, available: int, ranks: Ranks) -> tuple[int, int]:
     """The keys between which the threshold should lie, by a sample; it does if that is all."""
+    if available <= _FEW:
+        return LOWEST, HIGHEST
     stride = max(1, available // _SAMPLE)
     digits = (_upper(chunk.candidates()) for chunk in layers.chunks(stride=stride))
     counts = _summed(lambda: _histogram(digits), ranks)
