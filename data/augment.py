@@ -38,6 +38,19 @@ class Normalisation:
         return (images.float() / 255 - mean) / std
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are made ready for a network when it is measured; so shall whoever runs it."""
+
+    image_shape: tuple[int, int, int]
+    """channels, height, width; of image files, the central crop"""
+    mean: tuple[float, ...]
+    """per channel, of pixel values in [0, 1]"""
+    std: tuple[float, ...]
+    resize: int | None = None
+    """image files: the shorter side before the crop"""
+
+
 class Augmenter:
     """Holds a training set ready for random crops: `images: [N, C, H, W] float32`, normalised."""
 

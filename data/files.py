@@ -311,3 +311,11 @@ class Journal:
         self.sync()
         if self._file is not None:
             self._file.close()
+
+
+def read_content(url: str) -> bytes:
+    """The content of one file by its path or URL. Raises `UserError` where there is none."""
+    try:
+        return Folder(url).read("")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{url}: no such file") from None

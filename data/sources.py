@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.arrays import READERS, ImageArrays, Split
-from data.augment import Augmentation, Augmenter
+from data.augment import Augmentation, Augmenter, Preprocessing
 from data.catalogue import Catalogue, Manifest, Progress, silent
 from data.cataloguing import cache_name, load_catalogue, make_catalogue
 from data.config import IN_MEMORY, DataConfig
@@ -20,7 +20,7 @@ from data.errors import UserError
 from data.files import Folder
 from data.loader import EvaluationSet, Loader, MemoryEvaluationSet, MemoryLoader
 from data.order import SampleOrder
-from data.pipeline import Decoding, default_threads, require_dali
+from data.pipeline import MEAN, STD, Decoding, default_threads, require_dali
 from data.record import Record, record_of_arrays, record_of_files
 from data.stream import FileEvaluationSet, FileLoader, SizeOfEpoch, TrainingView
 
@@ -53,6 +53,8 @@ class Data:
     steps_per_epoch: int
     loader: MakeLoader
     evaluation: dict[str, EvaluationSet]
+    preprocessing: Preprocessing
+    """of the evaluation"""
     training_images: MakeEvaluationSet
     """the training images as an evaluation shows them, not augmented"""
 
@@ -176,6 +178,7 @@ def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> D
         name: evaluated(*resident(split)) for name, split in held_out.items() if split is not None
     }
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+    normalisation = arrays.normalisation
     return Data(
         image_shape=shape,
         all_shapes=(shape,),
@@ -183,6 +186,7 @@ def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> D
         steps_per_epoch=loader(0).steps_per_epoch,
         loader=loader,
         evaluation=evaluation,
+        preprocessing=Preprocessing(shape, normalisation.mean, normalisation.std),
         training_images=training_images,
     )
 
@@ -238,6 +242,12 @@ def _open_files(config: DataConfig, catalogue: Catalogue, place: Placement) -> D
         steps_per_epoch=loader(0).steps_per_epoch,
         loader=loader,
         evaluation=evaluation,
+        preprocessing=Preprocessing(
+            (3, config.evaluation_size, config.evaluation_size),
+            MEAN,
+            STD,
+            config.evaluation_resize,
+        ),
         training_images=training_images,
     )
 

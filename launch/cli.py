@@ -129,12 +129,16 @@ class Report:
 class Bench:
     """Measures this machine against a reference, both in one run, and prints the ratio."""
 
-    benchmark: Positional[Literal["engine", "masks", "checkpoint", "store", "threshold", "loader"]]
+    benchmark: Positional[
+        Literal["engine", "masks", "checkpoint", "store", "threshold", "loader", "scores", "xnor"]
+    ]
     """engine: images/s through fit against a bare loop; masks: what a 5 % mask adds to a step;
     checkpoint: how long a save stops the training, asynchronous against synchronous;
     store: bytes and seconds of stored masks against torch.save;
     threshold: choosing the largest weights against a sort and others;
-    loader: images/s of the training view of image files against other loaders"""
+    loader: images/s of the training view of image files against other loaders;
+    scores: choosing weights once a step against a sort in every forward pass;
+    xnor: convolutions on packed bits against float32"""
     root: str | None = None
     """loader: a folder with train/CLASS and val/CLASS to read (default: JPEGs made from sample
     photographs)"""

@@ -183,6 +183,7 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     options = [g for g in given if g.origin == COMMAND_LINE or g.key not in ("name", "recipe")]
     _check_keys(options, [*own_keys, *shared_keys, "name", "recipe"], f"stages.{name}.")
     own = [g for g in options if g.key in shared_keys]
+    own = [*_defaults(recipe, {g.key for g in (*shared, *own)}), *own]
     _refuse_renaming(options, name)
     config = _parse(kind, [g for g in options if g.key in own_keys], f"stages.{name}.")
     try:
@@ -191,6 +192,12 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
         own_text = f", which sets {', '.join(g.key for g in own)}" if own else ""
         raise UserError(f"{error} (in stage {name!r}{own_text})") from None
     return Stage(name, recipe, config, settings, _picked(settings, [g.key for g in own]))
+
+
+def _defaults(recipe: str, chosen: set[str]) -> list[Given]:
+    """What a recipe wants of the shared sections, but for what somebody chose."""
+    wanted = RECIPES[recipe].defaults.items()
+    return [Given(key, (value,), f"recipe {recipe}") for key, value in wanted if key not in chosen]
 
 
 def _refuse_renaming(options: Iterable[Given], stage: str) -> None:

@@ -5,8 +5,9 @@ import os
 from data.errors import UserError
 from data.files import Folder
 from launch.places import locate
+from pruning import biprop, mpt
 from pruning.exporting import Format, Subnetwork, export
-from pruning.importing import Origin, imported, store
+from pruning.importing import Origin, imported, read_state, store, store_prize
 from pruning.onnx_model import require_packages
 from pruning.tickets import Ticket
 from train.models import ModelConfig, ModelSpec
@@ -26,8 +27,10 @@ def export_ticket(
 
     Raises `UserError` before anything is read where that cannot be.
     """
-    if image_size is not None and (form != "onnx" or image_size < 1):
-        raise UserError(f"--image-size {image_size}: must be at least 1, and with --format onnx")
+    if image_size is not None and (form not in ("onnx", "mpt") or image_size < 1):
+        raise UserError(
+            f"--image-size {image_size}: must be at least 1, and with --format onnx or mpt"
+        )
     if form == "onnx":
         require_packages()
     folder, name = _place(output)
@@ -43,11 +46,13 @@ def import_ticket(
     source: str,
     *,
     origin: Origin,
-    model: str,
-    num_classes: int,
+    model: str | None,
+    num_classes: int | None,
     in_chans: int,
     width: int | None,
     norm: str | None,
+    activation: str | None,
+    density: float | None,
     step: int | None,
     level: int | None,
     output: str,
@@ -56,18 +61,46 @@ def import_ticket(
     for option, value in {"step": step, "level": level}.items():
         if value is not None and value < 0:
             raise UserError(f"--{option} {value}: must not be negative")
-    for option, value in {"num-classes": num_classes, "in-chans": in_chans}.items():
-        if value < 1:
-            raise UserError(f"--{option} {value}: must be at least 1")
+    if (density is not None) != (origin == "biprop"):
+        raise UserError("--density goes with --from biprop, whose files do not tell what is kept")
+    if origin == "mpt":
+        given = {"model": model, "num-classes": num_classes, "step": step, "level": level}
+        if any(value is not None for value in given.values()):
+            raise UserError("--from mpt: the file tells model, classes and all: leave them out")
+        _import_mpt(source, output)
+        return
+    if model is None or num_classes is None:
+        raise UserError(f"--from {origin}: needs --model and --num-classes")
+    for option, count in {"num-classes": num_classes, "in-chans": in_chans}.items():
+        if count < 1:
+            raise UserError(f"--{option} {count}: must be at least 1")
     try:
-        config = ModelConfig(name=model, width=width, norm=norm)
+        config = ModelConfig(name=model, width=width, norm=norm, activation=activation)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
     spec = ModelSpec.of(config, num_classes=num_classes, in_chans=in_chans)
+    if density is not None:
+        _import_biprop(source, spec, density, output)
+        return
     parts = imported(source, origin, spec, step=step, level=level)
     url = store(parts, output)
     state = "masks alone" if parts.weights is None else f"masks and weights of step {parts.step}"
     print(f"{url}: level {parts.level}, density {parts.masks.density:.4%}, {state}")
+
+
+def _import_mpt(source: str, output: str) -> None:
+    file = mpt.read(source)
+    mpt.compare_logits(file)
+    known = file.preprocessing or {"image_shape": list(file.image_shape)}
+    config = {"imported": {"from": "mpt", "source": source}, "preprocessing": known}
+    url = store_prize(file.prize, output, config)
+    print(f"{url}: density {file.prize.density:.4%}, binary weights, logits as the file tells")
+
+
+def _import_biprop(source: str, spec: ModelSpec, density: float, output: str) -> None:
+    prize = biprop.prize_of(read_state(source), spec, density, source)
+    url = store_prize(prize, output, {"imported": {"from": "biprop", "source": source}})
+    print(f"{url}: density {prize.density:.4%}, binary weights, signs stored")
 
 
 def _chosen(url: str, trained: bool) -> Subnetwork:

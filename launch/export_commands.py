@@ -14,17 +14,19 @@ class Export:
     ticket: Positional[str]
     """a ticket: RUN/STAGE/LEVEL, STORE/ID, or a run, of which it is the sparsest"""
     form: Annotated[
-        Literal["torch", "safetensors", "onnx", "pruning"], tyro.conf.arg(name="format")
+        Literal["torch", "safetensors", "onnx", "pruning", "mpt"], tyro.conf.arg(name="format")
     ]
     """torch, safetensors: a state dict with zeros; onnx: the network in eval mode; pruning: a
-    state dict with the buffers of torch.nn.utils.prune"""
+    state dict with the buffers of torch.nn.utils.prune; mpt: the small file of a multi-prize
+    ticket"""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """file or URL"""
     trained: bool = False
     """the weights at the end of the level's training (averaged if it averaged), instead of those
     at step k"""
     image_size: int | None = None
-    """onnx: side of the images (default: that of timm's model, 32 for CIFAR networks)"""
+    """onnx, mpt: side of the images (default: mpt: of those that the ticket was measured on; onnx:
+    that of timm's model, 32 for CIFAR networks)"""
     force: bool = False
     """replace a file that is there"""
     root: str = "runs"
@@ -50,21 +52,26 @@ class ImportTicket:
 
     source: Positional[str]
     """pruning: a state dict with *_orig and *_mask, .safetensors or by torch.save; open-lth: a
-    level's folder, with mask.pth and model_ep*_it*.pth"""
-    origin: Annotated[Literal["pruning", "open-lth"], tyro.conf.arg(name="from")]
-    """torch.nn.utils.prune, or open_lth"""
-    model: str
-    """any timm model, cifar_resnet{6n+2} or cifar_vgg{11,13,16,19}"""
-    num_classes: int
-    """outputs of the network"""
+    level's folder, with mask.pth and model_ep*_it*.pth; biprop: a state dict with weights and
+    scores; mpt: a file that tombola export wrote"""
+    origin: Annotated[Literal["pruning", "open-lth", "biprop", "mpt"], tyro.conf.arg(name="from")]
+    """torch.nn.utils.prune, open_lth, biprop, or the file of a multi-prize ticket"""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """folder or URL of the store"""
+    model: str | None = None
+    """any timm model, or a CIFAR network as in model.name; mpt has it in the file"""
+    num_classes: int | None = None
+    """outputs of the network"""
     in_chans: int = 3
     """channels of its images"""
     width: int | None = None
     """channels of the first stage, CIFAR networks only (default: 16 for ResNets, 64 for VGGs)"""
     norm: str | None = None
     """batch or group, CIFAR networks only (default: batch)"""
+    activation: str | None = None
+    """relu or sign, as model.activation (default: relu)"""
+    density: float | None = None
+    """biprop: the fraction of each layer's weights that is kept, its prune rate"""
     step: int | None = None
     """training steps behind the weights (default: what open_lth's file name says, else 0)"""
     level: int | None = None
@@ -81,6 +88,8 @@ class ImportTicket:
             in_chans=self.in_chans,
             width=self.width,
             norm=self.norm,
+            activation=self.activation,
+            density=self.density,
             step=self.step,
             level=self.level,
             output=self.output,

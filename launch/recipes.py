@@ -1,7 +1,7 @@
 """The recipes that a stage may name: a configuration, and the program that it configures."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pruning.connectivity_program import (
@@ -11,6 +11,12 @@ from pruning.connectivity_program import (
 )
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
+from pruning.multiprize_program import (
+    MULTIPRIZE_DEFAULTS,
+    MultiprizeConfig,
+    foresee_multiprize,
+    run_multiprize,
+)
 from pruning.sources import Outlook, Promise
 from train.session import Session
 from train.settings import Settings
@@ -25,10 +31,13 @@ class Recipe:
     foresee: Callable[[str, Any, Settings, Outlook], Promise | None]
     """refuses, before anything is trained, what is known to fail; tells which tickets there will
     be for the stages after it, or `None`"""
+    defaults: dict[str, str] = field(default_factory=dict)
+    """what it wants of the shared sections where neither the run nor the stage says anything"""
 
 
 RECIPES = {
     "imp": Recipe(ImpConfig, run_imp, foresee_imp),
     "elastic": Recipe(ElasticConfig, run_elastic, foresee_elastic),
+    "multiprize": Recipe(MultiprizeConfig, run_multiprize, foresee_multiprize, MULTIPRIZE_DEFAULTS),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

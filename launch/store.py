@@ -11,6 +11,7 @@ from rich.table import Table
 from data.errors import RunError, StoreError, UserError
 from launch.places import find_one, find_single, find_tickets
 from launch.progress import WorkDisplay
+from pruning import mpt
 from pruning.overlap import Overlap, overlaps, total
 from pruning.store import collect, open_store, problem_of
 from pruning.tickets import find_ticket
@@ -31,7 +32,7 @@ def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
     with WorkDisplay() as progress:
         for done, one in enumerate(found):
             progress("verifying tickets", done, len(found))
-            problems[one] = problem_of(one)
+            problems[one] = mpt.problem_of(one) if one.endswith(mpt.SUFFIX) else problem_of(one)
     if as_json:
         rows = [{"ticket": one, "problem": problem} for one, problem in problems.items()]
         print(json.dumps(rows, indent=1))
@@ -128,7 +129,9 @@ def collect_garbage(place: str, *, hours: float, dry_run: bool, root: str, as_js
 
 
 def _tickets_at(place: str, root: str) -> list[str]:
-    """Where the ticket at a place is, or all of the run or the store there."""
+    """Where the ticket at a place is, or all of the run or the store there, or the file itself."""
+    if place.endswith(mpt.SUFFIX):
+        return [place]
     single = find_single(place, root)
     return find_tickets(place, root).places() if single is None else [single]
 

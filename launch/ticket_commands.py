@@ -45,10 +45,14 @@ class ShowTicket:
 
 @dataclass
 class VerifyTickets:
-    """Recomputes every digest, count and shape of tickets; exit code 1 if anything is wrong."""
+    """Recomputes every digest, count and shape of tickets; exit code 1 if anything is wrong.
+
+    Of a file of a multi-prize ticket (.mpt) also the logits, and, if its activations are binary,
+    that it gives the same ones when it runs as bits.
+    """
 
     places: Positional[tuple[str, ...]]
-    """tickets, runs or stores: paths, URLs, or names under --root"""
+    """tickets, runs, stores or .mpt files: paths, URLs, or names under --root"""
     root: str = "runs"
     """folder or URL that holds the runs"""
     json: bool = False

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from data.errors import RunError, UserError
 from launch.places import choose, find_one, find_tickets
+from pruning.signed_weights import GENERATOR, SignedWeights
 from pruning.tickets import Ticket, find_ticket
 
 
@@ -79,12 +80,15 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
 
 
 def _stored_bytes(ticket: Ticket) -> str:
-    masks = sum(shard.num_bytes for shard in ticket.stored_masks.shards)
     weights = ticket.stored_weights
-    text = f"masks {masks:,} bytes"
+    text = f"masks {sum(ticket.stored_masks.objects.values()):,} bytes"
     if weights is None:
         return text
-    return f"{text}, weights {sum(file.num_bytes for file in weights.files):,} bytes"
+    text += f", weights {sum(weights.objects.values()):,} bytes"
+    if isinstance(weights, SignedWeights):
+        signs = "stored" if weights.seed is None else f"by {GENERATOR} from seed {weights.seed}"
+        text += f", signs {signs}"
+    return text
 
 
 def _numbers(values: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def count_for(density: float, size: int) -> int:
     """`density` of `size` weights, rounded to the nearest. Raises `UserError` outside (0, 1]."""
     if not 0 < density <= 1:
         raise UserError(f"density = {density}: must be above 0 and at most 1")
-    return math.floor(_exact(density) * size + Fraction(1, 2))
+    return math.floor(exact(density) * size + Fraction(1, 2))
 
 
 def keep_top(scores: Mapping[str, Tensor], density: float, scope: Scope = "global") -> Masks:
@@ -112,9 +112,9 @@ def shuffle_layers(masks: Masks, seed: int) -> Masks:
 
 
 def _after_pruning(survivors: int, fraction: float) -> int:
-    return survivors - math.ceil(_exact(fraction) * survivors)
+    return survivors - math.ceil(exact(fraction) * survivors)
 
 
-def _exact(number: float) -> Fraction:
+def exact(number: float) -> Fraction:
     """The decimal number that was written, so that 0.1 of 30 is 3 and not a little more."""
     return Fraction(str(number))

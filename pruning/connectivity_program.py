@@ -28,6 +28,7 @@ from pruning.connectivity import (
 from pruning.program import Arm, train_ticket
 from pruning.sources import (
     Found,
+    Needed,
     Outlook,
     check_levels,
     claim_sources,
@@ -83,12 +84,13 @@ def foresee_connectivity(
     """Raises `UserError` for what is known to fail before anything is trained."""
     if _is_finished(outlook.run, stage, config):
         return
-    where, trained = f"stages.{stage}", config.other is not None
-    found = outlook.sources(f"{where}.ticket", config.ticket, config.levels, trained=trained)
+    where = f"stages.{stage}"
+    needed: Needed = "start" if config.other is None else "end"
+    found = outlook.sources(f"{where}.ticket", config.ticket, config.levels, needed=needed)
     if config.other is None:
         return
     levels = config.other_levels or [level for level, _ in found]
-    others = outlook.sources(f"{where}.other", config.other, levels, trained=True)
+    others = outlook.sources(f"{where}.other", config.other, levels, needed="end")
     _require_pairs(stage, config, [model for _, model in found], [model for _, model in others])
 
 

@@ -26,9 +26,13 @@ T = TypeVar("T")
 
 def write_document(folder: Folder, name: str, kind: str, body: dict[str, Any]) -> None:
     """Writes `body` with its kind, version and checksum, whole or not at all."""
+    folder.write_json(name, seal(kind, body))
+
+
+def seal(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with its kind, version and checksum."""
     document = {"format": kind, "version": VERSION, **body}
-    document["sha256"] = hashlib.sha256(canonical(document)).hexdigest()
-    folder.write_json(name, document)
+    return {**document, "sha256": hashlib.sha256(canonical(document)).hexdigest()}
 
 
 def read_document(folder: Folder, name: str, kind: str, parse: Callable[[Any], T]) -> T:
@@ -40,7 +44,7 @@ def read_document(folder: Folder, name: str, kind: str, parse: Callable[[Any], T
     try:
         if folder.size(name) > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
-        return parse(_checked(_parsed(folder.read(name)), kind))
+        return parse(unseal(folder.read(name), kind))
     except (FileNotFoundError, RunError):
         raise
     except (KeyError, ValueError) as error:
@@ -48,6 +52,11 @@ def read_document(folder: Folder, name: str, kind: str, parse: Callable[[Any], T
         raise RunError(f"{folder}/{name}: damaged: {problem}") from error
     except OSError as error:
         raise RunError(f"{folder}/{name}: cannot be read: {error.strerror}") from error
+
+
+def unseal(content: bytes, kind: str) -> dict[str, Any]:
+    """The document in these bytes, its checksum compared. Raises `ValueError`."""
+    return _checked(_parsed(content), kind)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

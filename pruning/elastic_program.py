@@ -13,7 +13,7 @@ masked and the replicas dense.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -39,7 +39,7 @@ from pruning.sources import (
 from pruning.store import TicketFolder
 from pruning.tickets import INDEX, Ticket
 from pruning.weight_store import write_weights
-from train.models import ModelSpec
+from train.models import ModelSpec, shaped_by
 from train.session import Session, Start
 from train.settings import Settings
 
@@ -178,7 +178,7 @@ class _Move:
                 f"its head has {there.num_classes} classes, the data have {here.num_classes}; for "
                 "another data set set transfer = true, which gives it a fresh head"
             )
-        return _head(there) | _head(here)
+        return shaped_by(there, "num_classes") | shaped_by(here, "num_classes")
 
     def _copied(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """All but a head that is fresh."""
@@ -286,15 +286,6 @@ class _Elastic:
 
 def _initial(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
     return spec.build(seed).state_dict()
-
-
-def _head(spec: ModelSpec) -> frozenset[str]:
-    """The names of the tensors whose shapes depend on the number of classes."""
-    one, other = (
-        {name: value.shape for name, value in each.outline().state_dict().items()}
-        for each in (spec, replace(spec, num_classes=spec.num_classes + 1))
-    )
-    return frozenset(name for name, shape in one.items() if other.get(name) != shape)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from data.errors import UserError
 from data.files import Folder
+from pruning import mpt
 from pruning.onnx_model import to_onnx
+from pruning.prizes import Prize
 from pruning.tickets import Ticket
 from pruning.trained import trained_weights
 
-Format = Literal["torch", "safetensors", "onnx", "pruning"]
+Format = Literal["torch", "safetensors", "onnx", "pruning", "mpt"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class Subnetwork:
 
 
 def export(network: Subnetwork, form: Format, *, image_size: int | None = None) -> bytes:
-    """The content of a file of that form; `image_size`, the side, is ONNX's alone.
+    """The content of a file of that form; `image_size`, the side, is for ONNX and mpt.
 
     Raises `UserError` where the packages for ONNX are missing or the network cannot be expressed.
     """
+    if form == "mpt":
+        return mpt.to_bytes(_as_mpt(network.ticket, image_size))
     if form == "pruning":
         return _saved(_reparametrized(network))
     model = network.build_model()
@@ -74,6 +79,27 @@ def export(network: Subnetwork, form: Format, *, image_size: int | None = None) 
     if form == "torch":
         return _saved(state)
     return safetensors.torch.save(state, {"format": "pt", **network.facts()})
+
+
+def _as_mpt(ticket: Ticket, image_size: int | None) -> mpt.MptFile:
+    """The file of a multi-prize ticket, for images as it was measured on or of another size.
+
+    Raises `UserError` for another ticket, or where the size of its images is not known.
+    """
+    prize = Prize.of(ticket)
+    preprocessing = ticket.config.get("preprocessing", {})
+    shape = preprocessing.get("image_shape")
+    if image_size is not None:
+        shape = [prize.model.in_chans, image_size, image_size]
+    if shape is None:
+        raise UserError(f"ticket {ticket.place}: tell the side of its images with --image-size")
+    about = {
+        "ticket": ticket.id,
+        "place": ticket.place,
+        "metrics": ticket.metrics,
+        "versions": ticket.versions,
+    }
+    return mpt.MptFile.of(prize, tuple(shape), preprocessing=preprocessing, about=about)
 
 
 def _reparametrized(network: Subnetwork) -> dict[str, Tensor]:

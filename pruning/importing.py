@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -19,17 +19,19 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from data.errors import UserError, did_you_mean
-from data.files import Folder
+from data.files import Folder, read_content
 from pruning import open_lth
 from pruning.mask_store import write_masks
 from pruning.masks import Masks, prunable
+from pruning.prizes import Prize
+from pruning.signed_weights import SignedLayer, SignedWeights
 from pruning.store import open_store
 from pruning.tickets import Ticket
 from pruning.weight_store import write_weights
 from train.models import ModelSpec
 from train.versions import software_versions
 
-Origin = Literal["pruning", "open-lth"]
+Origin = Literal["pruning", "open-lth", "biprop", "mpt"]
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -104,6 +106,36 @@ def store(parts: Imported, url: str) -> str:
     return f"{tickets.folder}/{ticket.id}.json"
 
 
+def store_prize(prize: Prize, url: str, config: dict[str, Any]) -> str:
+    """Writes a binary network as a ticket to the store at `url`; returns as `store` does."""
+    tickets = open_store(url)
+    objects = tickets.objects
+    masks = Masks({name: layer.mask for name, layer in prize.layers.items()})
+    signs = {name: layer.binary > 0 for name, layer in prize.layers.items()}
+    layers = {
+        name: SignedLayer(layer.shape, layer.index, layer.gain)
+        for name, layer in prize.layers.items()
+    }
+    ticket = Ticket(
+        method="multiprize",
+        level=0,
+        model=prize.model,
+        step=0,
+        stored_masks=write_masks(objects, masks),
+        stored_weights=SignedWeights(
+            layers,
+            write_weights(objects, prize.rest),
+            prize.seed,
+            write_masks(objects, Masks(signs)) if prize.seed is None else None,
+        ),
+        objects=objects,
+        config=config,
+        versions=software_versions(),
+    )
+    tickets.add(ticket)
+    return f"{tickets.folder}/{ticket.id}.json"
+
+
 # Reading ---------------------------------------------------------------------------------
 
 
@@ -112,15 +144,13 @@ def read_state(url: str) -> dict[str, Tensor]:
 
     Raises `UserError` where there is no such file, or it is not tensors by name alone.
     """
-    file = Folder(url)
-    try:
-        content = file.read("")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{url}: no such file") from None
+    content = read_content(url)
     try:
         state = _read(content, is_safetensors=url.endswith(".safetensors"))
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{url}: refused: {_reason(error)}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # as many training scripts save it, biprop's among them
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{url}: refused: not a dict of tensors by name")
     for name, value in state.items():

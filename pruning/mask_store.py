@@ -69,6 +69,11 @@ class StoredMasks:
     def size(self) -> int:
         return sum(map(self.packing.size, self.shapes))
 
+    @property
+    def objects(self) -> dict[str, int]:
+        """The digests of the objects that hold them, with their bytes."""
+        return {shard.sha256: shard.num_bytes for shard in self.shards}
+
     def to_json(self) -> dict[str, Any]:
         return {
             "tensors": {

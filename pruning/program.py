@@ -14,6 +14,7 @@ from data.errors import RunError, StoreError
 from pruning.fixed import FixedMasks
 from pruning.mask_store import read_masks, write_masks
 from pruning.masks import Masks
+from pruning.signed_weights import SignedWeights
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights
@@ -45,7 +46,7 @@ class Arm:
     control: bool = False
     rewind_step: int = 0
     """k, which the ticket records"""
-    weights: Callable[[Start], StoredWeights | None] = lambda start: None
+    weights: Callable[[Start], StoredWeights | SignedWeights | None] = lambda start: None
     """stores the state that the ticket starts from; called when the training is done"""
     keep: frozenset[int] = frozenset()
     config: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +130,7 @@ def _describe(
     arm: Arm,
     outcome: Outcome,
     masks: Masks,
-    weights: StoredWeights | None,
+    weights: StoredWeights | SignedWeights | None,
 ) -> Ticket:
     """The ticket of a training that has ended; its objects are stored."""
     parent = arm.parent

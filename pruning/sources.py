@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from data.errors import UserError, did_you_mean
 from data.files import Folder
@@ -15,6 +15,7 @@ RECORD = "sources.json"
 """in the folder of a stage"""
 _RECORD_KIND = "tombola-sources"
 _LEVEL = re.compile(r"level-(\d+)")
+Needed = Literal["start", "end", "masks"]
 _ANY = {"num_classes": 10, "in_chans": 3}
 """of a network that is only looked at"""
 
@@ -119,21 +120,21 @@ class Outlook:
     earlier: Mapping[str, Promise]
 
     def sources(
-        self, where: str, place: str, levels: Sequence[int], *, trained: bool = False
+        self, where: str, place: str, levels: Sequence[int], *, needed: Needed = "start"
     ) -> list[tuple[int, ModelSpec]]:
         """The levels that `find_sources` will come to, and of which networks.
 
         `where` names the option that holds the place. Raises `UserError` where there will be no
-        such tickets, or none with weights of step k; or, if what they were `trained` to is asked
-        for, where that is in no run.
+        such tickets, or where they will lack what is `needed`: the weights of step k from which
+        they start, those that they were trained to, which are only in a run, or no weights.
         """
         if not _is_stage(place):
             found = find_sources(where, place, levels, self.run)
             for one in found:
                 one.ticket.require_fit()
-                if not trained:
+                if needed == "start":
                     require_weights(one.ticket)
-                elif one.level is None:
+                elif needed == "end" and one.level is None:
                     raise UserError(
                         f"{where} = {place!r}: is in a store, which has no trained weights; name "
                         "the level of a run"
@@ -143,7 +144,7 @@ class Outlook:
         if promise is None:
             raise UserError(f"{where} = {place!r}: {self._unknown(place)}")
         chosen = _chosen(f"{where} = {place!r}", levels, promise.levels)
-        if promise.no_weights and not trained:
+        if promise.no_weights and needed == "start":
             raise UserError(f"{where} = {place!r}: {promise.no_weights}")
         return [(level, ModelSpec.of(promise.model, **_ANY)) for level in chosen]
 

@@ -157,7 +157,7 @@ class TicketFolder:
     def used(self) -> set[str]:
         chosen = (_read_chosen(folder) for folder in self._levels(_CHOSEN))
         trained = {one for ticket in self.all() for one in objects_of(ticket)}
-        return trained | {shard.sha256 for masks in chosen for shard in masks.shards}
+        return trained | {one for masks in chosen for one in masks.objects}
 
     def index_folders(self) -> list[Folder]:
         return [
@@ -192,9 +192,8 @@ def open_store(url: str) -> TicketStore:
 
 def objects_of(ticket: Ticket) -> dict[str, int]:
     """The digests of the objects that a ticket names, with their bytes."""
-    shards = {shard.sha256: shard.num_bytes for shard in ticket.stored_masks.shards}
     weights = ticket.stored_weights
-    return shards | ({} if weights is None else {f.sha256: f.num_bytes for f in weights.files})
+    return ticket.stored_masks.objects | ({} if weights is None else weights.objects)
 
 
 def collect(tickets: Tickets, *, grace: float, dry_run: bool = False) -> list[str]:

@@ -22,7 +22,8 @@ from pruning.mask_store import StoredMasks, read_masks
 from pruning.masks import Masks, prunable
 from pruning.objects import Objects
 from pruning.packing import canonical
-from pruning.weight_store import StoredWeights, read_weights
+from pruning.signed_weights import SignedWeights, stored_state
+from pruning.weight_store import StoredWeights
 from train.models import ModelSpec
 from train.ranks import ALONE, Ranks
 
@@ -59,7 +60,7 @@ class Ticket:
     model: ModelSpec
     step: int
     stored_masks: StoredMasks
-    stored_weights: StoredWeights | None
+    stored_weights: StoredWeights | SignedWeights | None
     objects: Objects = field(compare=False, repr=False)
     parent: str | None = None
     lineage: tuple[Ancestor, ...] = ()
@@ -114,6 +115,11 @@ class Ticket:
         return f"{self.stage}/{self.name}" if self.stage else self.method
 
     @property
+    def never_trained(self) -> bool:
+        """Whether its weights were only chosen: they are random, and those of its accuracy."""
+        return self.method == "multiprize"
+
+    @property
     def weights_digest(self) -> str | None:
         """Names the state at `step`."""
         return None if self.stored_weights is None else self.stored_weights.digest
@@ -126,7 +132,7 @@ class Ticket:
                 "start from: it was found by learning-rate rewinding or fine-tuning, or imported "
                 "as masks alone"
             )
-        return read_weights(self.objects, self.stored_weights)
+        return self.stored_weights.read(self.objects)
 
     def build_model(self) -> nn.Module:
         """The network at `step` with the masked weights zero: what the ticket is trained from."""
@@ -149,20 +155,15 @@ class Ticket:
                 raise RunError(f"ticket {self.id[:12]}: no weights {name} of {shape} in its model")
         if weights is None and self.stored_weights is None:
             return
-        stored = {} if self.stored_weights is None else self.stored_weights.tensors
-        found = stored if weights is None else weights
-        told = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        told = {} if self.stored_weights is None else self.stored_weights.shapes
+        if weights is not None:
+            told = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if told != {name: tuple(value.shape) for name, value in model.state_dict().items()}:
             raise RunError(f"ticket {self.id[:12]}: its weights are not those of its model")
 
     def outline(self) -> nn.Module:
         """The model without memory for its weights. Raises `RunError`: it may be anyone's."""
-        try:
-            return self.model.outline()
-        except Exception as error:
-            problem, *_ = (str(error) or type(error).__name__).splitlines()
-            where = f"ticket {self.id[:12]}"
-            raise RunError(f"{where}: its model cannot be built: {problem:.200}") from error
+        return outline_of(self.model, f"ticket {self.id[:12]}")
 
     def as_ancestor(self) -> Ancestor:
         """What descendants remember of this ticket."""
@@ -277,10 +278,10 @@ def _parse(body: dict[str, Any], objects: Objects) -> Ticket:
     ticket = Ticket(
         method=document.text(identity["method"], "method"),
         level=document.count(identity["level"], "level"),
-        model=_model(identity["model"]),
+        model=model_from_json(identity["model"]),
         step=document.count(identity["step"], "step"),
         stored_masks=StoredMasks.from_json(body["masks"]),
-        stored_weights=None if weights is None else StoredWeights.from_json(weights),
+        stored_weights=None if weights is None else stored_state(weights),
         objects=objects,
         parent=document.optional(document.digest, identity["parent"], "parent"),
         lineage=tuple(map(_ancestor, document.sequence(about["lineage"], "lineage"))),
@@ -299,7 +300,17 @@ def _parse(body: dict[str, Any], objects: Objects) -> Ticket:
     return ticket
 
 
-def _model(value: Any) -> ModelSpec:
+def outline_of(model: ModelSpec, where: str) -> nn.Module:
+    """A model without memory for its weights. Raises `RunError`: it may be anyone's."""
+    try:
+        return model.outline()
+    except Exception as error:
+        problem, *_ = (str(error) or type(error).__name__).splitlines()
+        raise RunError(f"{where}: its model cannot be built: {problem:.200}") from error
+
+
+def model_from_json(value: Any) -> ModelSpec:
+    """A model's specification, which may be anyone's. Raises `ValueError` or `KeyError`."""
     row = document.mapping(value, "model")
     arguments = document.mapping(row["arguments"], "model.arguments")
     return ModelSpec(

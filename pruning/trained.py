@@ -16,9 +16,12 @@ def trained_weights(
 ) -> dict[str, Tensor]:
     """The state at the end of a ticket's training, averaged (EMA) if it was; on the CPU.
 
-    `level` is the folder of its level in a run. Raises `UserError` where no checkpoint of the end
+    `level` is the folder of its level in a run; a ticket whose weights were never trained needs
+    none, and has them itself. Raises `UserError` where no checkpoint of the end
     is there, `RunError` for a damaged one.
     """
+    if ticket.never_trained:
+        return ticket.weights()
     if level is None:
         raise UserError(
             f"ticket {ticket.id[:12]} comes from a store: trained weights are only in the folder "

@@ -63,6 +63,20 @@ class StoredWeights:
         """The SHA-256 that names the state, wherever it is stored."""
         return weights_digest(self.tensors)
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of every tensor of the state dict."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
+    def objects(self) -> dict[str, int]:
+        """The digests of the objects that hold it, with their bytes."""
+        return {file.sha256: file.num_bytes for file in self.files}
+
+    def read(self, objects: Objects) -> dict[str, Tensor]:
+        """The state dict on the CPU, as `read_weights` gives it."""
+        return read_weights(objects, self)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "tensors": {

@@ -132,7 +132,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         ["--model.name", "resnt50"],
         "is no timm model and no CIFAR network; did you mean 'resnet50'?",
     ),
-    (["--model.name", "resnet18", "--model.width", "8"], "width is no option of resnet18"),
+    (["--model.name", "vgg11", "--model.width", "8"], "width is no option of vgg11"),
     (["--stages.imp.density", "1.5"], "stages.imp.density = '1.5': must be above 0 and at most 1"),
     (["--stages.imp.density", "0"], "stages.imp.density = '0': must be above 0 and at most 1"),
     (["--stages.imp.prune_fraction", "1"], "prune_fraction = '1': must be between 0 and 1"),

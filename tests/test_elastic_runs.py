@@ -360,8 +360,8 @@ def test_a_ticket_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_setting_that_a_stage_inherits_is_refused_with_its_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The shared width is none of timm's networks'."""
-    text = BASE + IMP + DEEPER.replace("cifar_resnet20", "resnet34")
+    """The shared width is none of timm's RegNets'."""
+    text = BASE + IMP + DEEPER.replace("cifar_resnet20", "regnetx_002")
     assert run_command(["run", write_config(tmp_path, text), "--root", str(tmp_path)]) == 2
     assert "(in stage 'deeper', which sets model.name)" in capsys.readouterr().err
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
-from train.cifar import EXAMPLES, CifarResNet, CifarVgg, find_network
-from train.models import ModelConfig, ModelSpec
+from train.cifar import EXAMPLES, CifarResNet, CifarVgg, CifarVggSmall, find_network
+from train.models import ModelConfig, ModelSpec, shaped_by
 from train.stages import stages
 
 
@@ -33,7 +34,10 @@ def equal_states(one: nn.Module, other: nn.Module) -> bool:
 # ---- the CIFAR networks
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_resnet14", "cifar_vgg11", "cifar_vgg13"])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar_resnet8", "cifar_resnet18", "cifar_vgg11", "cifar_vgg13", "cifar_vgg_small"],
+)
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (13, 20), (1, 1)])
 @torch.no_grad()
 def test_a_cifar_network_takes_images_of_any_size(name: str, size: tuple[int, int]) -> None:
@@ -65,6 +69,72 @@ def test_vgg_stages_halve_the_image_four_times() -> None:
     model(torch.zeros(2, 3, 32, 32))
     channels = (64, 128, 256, 512, 512)
     assert shapes == [(2, c, 32 >> i, 32 >> i) for i, c in enumerate(channels)]
+
+
+def test_vgg_small_ends_in_a_map_of_4x4_that_is_flattened() -> None:
+    """128, 256 and 512 channels at 32, 16 and 8 pixels, halved once more."""
+    model = build("cifar_vgg_small")
+    assert isinstance(model, CifarVggSmall)
+    shapes: list[tuple[int, ...]] = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    model(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 128, 32, 32), (2, 256, 16, 16), (2, 512, 8, 8)]
+    assert model.fc.in_features == 512 * 4 * 4 == 8192
+
+
+@pytest.mark.parametrize("side", [32, 64, 20, 8])
+@torch.no_grad()
+def test_vgg_small_pools_the_map_of_any_image_to_4x4(side: int) -> None:
+    """After the three halvings, which leave an image of 32x32 pixels as it shall be."""
+    model = ModelSpec("cifar_vgg_small", 5, 3, {"width": 4}).build()
+    assert isinstance(model, CifarVggSmall)
+    maps: list[Tensor] = []
+    model.stages[-1].register_forward_hook(lambda m, args, out: maps.append(out))
+    model.fc.register_forward_pre_hook(lambda m, args: maps.append(args[0]))
+    model(torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)))
+    halved = F.max_pool2d(maps[0].relu(), 2)
+    assert (halved.shape[-2:] == (4, 4)) == (side == 32)
+    assert torch.equal(maps[1], F.adaptive_max_pool2d(halved, 4).flatten(1))
+
+
+def test_the_four_stages_of_resnet18_halve_the_image_thrice() -> None:
+    """64, 128, 256 and 512 channels at 32, 16, 8 and 4 pixels: no pooling in the stem."""
+    model = build("cifar_resnet18")
+    assert isinstance(model, CifarResNet)
+    shapes: list[tuple[int, ...]] = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    model(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 64 << i, 32 >> i, 32 >> i) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("cifar_resnet18", 11_173_962),
+        ("cifar_resnet34", 21_282_122),
+        ("cifar_vgg_small", 4_574_592 + 3584 + 81_930),  # convolutions, normalisations, classifier
+    ],
+)
+def test_the_networks_of_the_multi_prize_paper_have_their_sizes(name: str, weights: int) -> None:
+    """With ten classes."""
+    assert num_weights(ModelSpec(name, 10, 3).outline()) == weights
+
+
+def test_the_names_of_the_tensors_stand_in_tickets() -> None:
+    """By hand, of the smallest networks: they may not change."""
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    block = ["conv1.weight", *(f"norm1.{n}" for n in norm)]
+    block += ["conv2.weight", *(f"norm2.{n}" for n in norm)]
+    shortcut = ["shortcut.0.weight", *(f"shortcut.1.{n}" for n in norm)]
+    resnet = ["conv1.weight", *(f"norm1.{n}" for n in norm), *(f"stages.0.0.{n}" for n in block)]
+    resnet += [f"stages.{stage}.0.{n}" for stage in (1, 2) for n in (*block, *shortcut)]
+    unit = ["0.weight", *(f"1.{n}" for n in norm)]
+    units = ("0.0", "1.0", "2.0", "2.1", "3.0", "3.1", "4.0", "4.1")
+    vgg = [f"stages.{place}.{n}" for place in units for n in unit]
+    assert list(build("cifar_resnet8").state_dict()) == [*resnet, "fc.weight", "fc.bias"]
+    assert list(build("cifar_vgg11").state_dict()) == [*vgg, "fc.weight", "fc.bias"]
 
 
 @pytest.mark.parametrize("depth", [8, 14, 20, 32])
@@ -107,6 +177,26 @@ def test_width_scales_the_channels() -> None:
     assert isinstance(resnet, CifarResNet)
     assert isinstance(vgg, CifarVgg)
     assert (resnet.fc.in_features, vgg.fc.in_features) == (16, 32)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_the_width_of_a_timm_resnet_is_that_of_its_first_stage(name: str) -> None:
+    """128 is twice the usual, the wide ResNets of the multi-prize paper; the stem stays."""
+    config = ModelConfig(name, width=128)
+    model = ModelSpec.of(config, num_classes=10, in_chans=3).outline()
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    widths = [convolutions[f"layer{stage}.0.conv2"].out_channels for stage in (1, 2, 3, 4)]
+    assert (convolutions["conv1"].out_channels, widths) == (64, [128, 256, 512, 1024])
+
+
+def test_the_usual_width_builds_the_same_timm_resnet() -> None:
+    usual, named = (ModelSpec("resnet18", 10, 3, given).build(1) for given in ({}, {"width": 64}))
+    assert equal_states(usual, named)
+
+
+def test_a_ticket_whose_timm_model_has_no_width_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model regnetx_002: width = 8: it takes none"):
+        ModelSpec("regnetx_002", 10, 3, {"width": 8}).build()
 
 
 def test_weights_are_he_normal_and_biases_zero() -> None:
@@ -156,7 +246,10 @@ def test_every_example_name_is_a_network(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["cifar_resnet2", "cifar_resnet21", "cifar_vgg12", "cifar_resnet", "resnet20", "cifar_vgg16x"],
+    [
+        *("cifar_resnet2", "cifar_resnet21", "cifar_vgg12", "cifar_resnet", "resnet20"),
+        *("cifar_vgg16x", "cifar_resnet101", "cifar_vgg18", "cifar_vgg_smal"),
+    ],
 )
 def test_other_names_are_no_cifar_network(name: str) -> None:
     """A depth that is not 6n + 2, an unknown VGG, or another family."""
@@ -258,7 +351,7 @@ def test_an_unknown_model_has_a_near_miss(name: str, near: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet18", "width": 8}, "width is no option of resnet18"),
+        ({"name": "regnetx_002", "width": 8}, "width is no option of regnetx_002"),
         ({"name": "resnet18", "norm": "group"}, "norm is no option of resnet18"),
         ({"drop_rate": 0.0}, "drop_rate is no option of cifar_resnet20"),
         ({"drop_path_rate": 0.1}, "drop_path_rate is no option of cifar_resnet20"),
@@ -290,6 +383,7 @@ def test_known_names_are_accepted(name: str) -> None:
         ("convnext_atto", (1, 2, 3, 1)),
         ("vit_tiny_patch16_224", (5,)),
         ("cifar_resnet20", (1, 2, 4)),
+        ("cifar_resnet18", (1, 2, 4, 1)),
     ],
 )
 def test_a_network_may_have_other_numbers_of_blocks(name: str, blocks: tuple[int, ...]) -> None:
@@ -312,6 +406,7 @@ def test_the_blocks_of_the_name_build_the_same_network() -> None:
     [
         ("resnet18", [2, 3, 4], "it has 4 stages \\(layer1 2, layer2 2, layer3 2, layer4 2\\)"),
         ("cifar_resnet20", [1, 2], "give one number for each of 3 stages"),
+        ("cifar_resnet18", [1, 2, 1], "give one number for each of 4 stages"),
         ("regnetx_002", [1, 1, 4, 8], "it takes no such list; leave model.blocks out"),
         ("vit_tiny_patch16_224", [5, 5], "it has 1 stages"),
     ],
@@ -323,8 +418,31 @@ def test_blocks_that_do_not_fit_are_one_line(name: str, blocks: list[int], probl
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("cifar_vgg16", (1, 1, 1, 1, 1)), ("resnet18", ()), ("resnet18", (0, 1, 1, 1))],
+    [
+        *(("cifar_vgg16", (1, 1, 1, 1, 1)), ("cifar_vgg_small", (1, 1, 1))),
+        *(("resnet18", ()), ("resnet18", (0, 1, 1, 1))),
+    ],
 )
 def test_a_wrong_number_of_blocks_is_refused(name: str, blocks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="blocks"):
         ModelConfig(name, blocks=blocks)
+
+
+# ---- head and stem
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "stem"),
+    [
+        ("cifar_resnet8", {"fc.weight", "fc.bias"}, {"conv1.weight"}),
+        ("cifar_vgg_small", {"fc.weight", "fc.bias"}, {"stages.0.0.0.weight"}),
+        ("resnet18", {"fc.weight", "fc.bias"}, {"conv1.weight"}),
+        ("test_vit", {"head.weight", "head.bias"}, {"patch_embed.proj.weight"}),
+    ],
+)
+def test_head_and_stem_are_what_changes_with_classes_and_channels(
+    name: str, head: set[str], stem: set[str]
+) -> None:
+    spec = ModelSpec(name, 10, 3)
+    assert shaped_by(spec, "num_classes") == head
+    assert shaped_by(spec, "in_chans") == stem

@@ -2,20 +2,29 @@
 
 `cifar_resnet{6n+2}`: three stages of n basic blocks (He et al. 2016, 1512.03385, section 4.2),
 with a 1x1 convolution where a shortcut changes shape, as in Frankle et al.
+`cifar_resnet{18,34}`: the four stages of the ImageNet networks behind a 3x3 convolution.
 `cifar_vgg{11,13,16,19}`: 3x3 convolutions with batch normalisation and one linear layer (Simonyan
 and Zisserman, 1409.1556).
-Both take images of any size, and a normalisation that does not depend on the batch on request.
+`cifar_vgg_small`: the VGG-Small of the papers on binary networks, whose one linear layer reads a
+map of 4x4 (as in IR-Net, Qin et al. 2020, 1909.10788).
+All take images of any size, and on request a normalisation that does not depend on the batch, or
+the sign for an activation. Each activation comes after the pooling, and before the next
+convolution: for ReLU that is as good as the other order, for the sign only this has a gradient.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.activations import ACTIVATIONS
+
 Norm = Callable[[int], nn.Module]
 
+RESNET_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 NORMS: dict[str, Norm] = {
     "batch": nn.BatchNorm2d,
@@ -31,12 +40,16 @@ def _num_groups(channels: int) -> int:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut."""
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, *, stride: int, norm: Norm, activation: str
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.norm1 = norm(channels)
+        self.act1 = ACTIVATIONS[activation]()
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = norm(channels)
+        self.act2 = ACTIVATIONS[activation]()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
@@ -44,41 +57,47 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        out = self.act1(self.norm1(self.conv1(x)))
+        summed: Tensor = self.act2(self.norm2(self.conv2(out)) + self.shortcut(x))
+        return summed
 
 
 class CifarResNet(nn.Module):
-    """`[N, in_chans, H, W]` to `[N, num_classes]` through stages of `width`, 2 and 4 `width`.
+    """`[N, in_chans, H, W]` to `[N, num_classes]` through stages of `width`, 2 `width`, ...
 
-    `blocks` gives each stage's number of blocks, in place of those of the depth.
+    `num_blocks` are those of each stage by the network's name, in whose place `blocks` may be
+    given.
     """
 
     def __init__(
         self,
-        depth: int,
+        num_blocks: Sequence[int],
         *,
         num_classes: int,
         in_chans: int = 3,
         width: int = 16,
         norm: str = "batch",
+        activation: str = "relu",
         blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if blocks is not None and len(blocks) != len(num_blocks):
+            raise ValueError(
+                f"blocks = {list(blocks)}: give one number for each of {len(num_blocks)} stages"
+            )
         make_norm = NORMS[norm]
-        num_blocks = [(depth - 2) // 6] * 3 if blocks is None else blocks
-        if len(num_blocks) != 3:
-            raise ValueError(f"blocks = {list(num_blocks)}: give one number for each of 3 stages")
         self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
         self.norm1 = make_norm(width)
+        self.act1 = ACTIVATIONS[activation]()
         stages: list[nn.Module] = []
         channels = width
-        for stage in range(3):
+        for stage, count in enumerate(num_blocks if blocks is None else blocks):
             out = width << stage
             units: list[nn.Module] = []
-            for block in range(num_blocks[stage]):
+            for block in range(count):
                 stride = 2 if stage and not block else 1
-                units.append(BasicBlock(channels, out, stride=stride, norm=make_norm))
+                unit = partial(BasicBlock, stride=stride, norm=make_norm, activation=activation)
+                units.append(unit(channels, out))
                 channels = out
             stages.append(nn.Sequential(*units))
         self.stages = nn.Sequential(*stages)
@@ -86,9 +105,9 @@ class CifarResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.stages(F.relu(self.norm1(self.conv1(x))))
-        pooled: Tensor = self.fc(out.mean((2, 3)))
-        return pooled
+        out = self.stages(self.act1(self.norm1(self.conv1(x))))
+        scores: Tensor = self.fc(out.mean((2, 3)))
+        return scores
 
 
 class CifarVgg(nn.Module):
@@ -102,30 +121,84 @@ class CifarVgg(nn.Module):
         in_chans: int = 3,
         width: int = 64,
         norm: str = "batch",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
-        make_norm = NORMS[norm]
-        stages: list[nn.Module] = []
-        channels = in_chans
-        for stage, num_convs in enumerate(VGG_STAGES[depth]):
-            out = width * min(8, 1 << stage)
-            units: list[nn.Module] = []
-            for _ in range(num_convs):
-                conv = nn.Conv2d(channels, out, 3, 1, 1, bias=False)
-                units.append(nn.Sequential(conv, make_norm(out), nn.ReLU()))
-                channels = out
-            stages.append(nn.Sequential(*units))
-        self.stages = nn.ModuleList(stages)
-        self.fc = nn.Linear(channels, num_classes)
+        channels = [width * min(8, 1 << stage) for stage in range(5)]
+        self.stages = _vgg_stages(in_chans, channels, VGG_STAGES[depth], NORMS[norm], activation)
+        self.act = ACTIVATIONS[activation]()
+        self.fc = nn.Linear(channels[-1], num_classes)
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        for index, stage in enumerate(self.stages):
-            if index and min(x.shape[-2:]) > 1:
-                x = F.max_pool2d(x, 2)
-            x = stage(x)
-        pooled: Tensor = self.fc(x.mean((2, 3)))
-        return pooled
+        *inner, last = self.stages
+        for stage in inner:
+            x = self.act(_halved(stage(x)))
+        scores: Tensor = self.fc(self.act(last(x)).mean((2, 3)))
+        return scores
+
+
+class CifarVggSmall(nn.Module):
+    """`[N, in_chans, H, W]` to `[N, num_classes]`; a 2x2 max-pool after each of three stages.
+
+    The linear layer reads a map of 4x4, which images of 32x32 pixels end in; that of others is
+    max-pooled to it, which leaves signs what they are.
+    """
+
+    _SIDE = 4
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        width: int = 128,
+        norm: str = "batch",
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        channels = [width, 2 * width, 4 * width]
+        self.stages = _vgg_stages(in_chans, channels, (2, 2, 2), NORMS[norm], activation)
+        self.act = ACTIVATIONS[activation]()
+        self.fc = nn.Linear(channels[-1] * self._SIDE**2, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *inner, last = self.stages
+        for stage in inner:
+            x = self.act(_halved(stage(x)))
+        x = self.act(_pooled(_halved(last(x)), self._SIDE))
+        scores: Tensor = self.fc(x.flatten(1))
+        return scores
+
+
+def _vgg_stages(
+    in_chans: int, channels: Sequence[int], num_convs: Sequence[int], norm: Norm, activation: str
+) -> nn.ModuleList:
+    """Stages of 3x3 convolutions. A stage ends before its activation, which is the network's."""
+    stages: list[nn.Module] = []
+    for out, count in zip(channels, num_convs, strict=True):
+        units: list[nn.Sequential] = []
+        for _ in range(count):
+            conv = nn.Conv2d(in_chans, out, 3, 1, 1, bias=False)
+            units.append(nn.Sequential(conv, norm(out), ACTIVATIONS[activation]()))
+            in_chans = out
+        del units[-1][-1]
+        stages.append(nn.Sequential(*units))
+    return nn.ModuleList(stages)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Max-pooled to half its size, unless it is but one pixel high or wide."""
+    return F.max_pool2d(x, 2) if min(x.shape[-2:]) > 1 else x
+
+
+def _pooled(x: Tensor, side: int) -> Tensor:
+    """Max-pooled to `side` x `side`."""
+    height, width = x.shape[-2:]
+    if height % side or width % side:
+        return F.adaptive_max_pool2d(x, side)
+    return F.max_pool2d(x, (height // side, width // side))  # the same, and known to ONNX
 
 
 def _initialise(model: nn.Module) -> None:
@@ -139,18 +212,23 @@ def _initialise(model: nn.Module) -> None:
 
 def find_network(name: str) -> Callable[..., nn.Module] | None:
     """The constructor of `cifar_resnet20` or `cifar_vgg16`, without its depth; else `None`."""
+    if name == "cifar_vgg_small":
+        return CifarVggSmall
     match = re.fullmatch(r"cifar_(resnet|vgg)(\d{1,4})", name)
     if match is None:
         return None
     depth = int(match[2])
-    if match[1] == "vgg" and depth in VGG_STAGES:
-        return lambda **arguments: CifarVgg(depth, **arguments)
-    if match[1] == "resnet" and depth >= 8 and depth % 6 == 2:
-        return lambda **arguments: CifarResNet(depth, **arguments)
+    if match[1] == "vgg":
+        return partial(CifarVgg, depth) if depth in VGG_STAGES else None
+    if depth in RESNET_STAGES:
+        return partial(CifarResNet, RESNET_STAGES[depth], width=64)
+    if depth >= 8 and depth % 6 == 2:
+        return partial(CifarResNet, [(depth - 2) // 6] * 3)
     return None
 
 
 EXAMPLES = (
-    *(f"cifar_resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
+    *(f"cifar_resnet{depth}" for depth in (8, 14, 18, 20, 32, 34, 44, 56, 110)),
     *(f"cifar_vgg{depth}" for depth in VGG_STAGES),
+    "cifar_vgg_small",
 )

@@ -169,10 +169,13 @@ class Engine(Ranks):
         """Gives every rank the buffers of rank 0: before an evaluation and before a checkpoint.
 
         Training never reads running statistics, so rank 0's are the run's, whenever this happens.
+        Only what is in the state dict: other buffers are a function of what every rank has.
         """
         if self.world_size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            saved = model.state_dict()
+            for name, buffer in model.named_buffers():
+                if name in saved:
+                    dist.broadcast(buffer, 0)
 
     def close(self) -> None:
         """Leaves the process group, once what holds a reference to it is collected."""

@@ -2,18 +2,22 @@
 
 import inspect
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import timm
 import torch
+from timm.models.resnet import ResNet
 from torch import nn
 
 from data.errors import UserError, did_you_mean
 from train import cifar
+from train.activations import SIGN_TAKERS, check_activation, is_plain_resnet, with_sign
 from train.stages import described, stages
 
 _MOST_BLOCKS = 1000
+_TRANSLATED = ("blocks", "width", "activation")
+"""the arguments that timm's models take by other names, if at all"""
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,17 @@ class ModelConfig:
     """Which network is trained."""
 
     name: str = "cifar_resnet20"
-    """any timm model, cifar_resnet{6n+2} or cifar_vgg{11,13,16,19}"""
+    """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_vgg{11,13,16,19} or
+    cifar_vgg_small"""
     width: int | None = None
-    """channels of the first stage, CIFAR networks only (default: 16 for ResNets, 64 for VGGs)"""
+    """channels of the first stage, CIFAR networks and timm ResNets (default: 16 for
+    cifar_resnet{6n+2}, 128 for cifar_vgg_small, else 64; where blocks are bottlenecks, that of
+    their inner convolutions)"""
     norm: str | None = None
     """batch or group, CIFAR networks only (default: batch)"""
+    activation: str | None = None
+    """relu or sign (binary activations; default: relu): CIFAR networks, timm ResNets of basic
+    blocks"""
     blocks: tuple[int, ...] | None = None
     """blocks in each stage, in place of those of the name: 2 3 4 3 for a ResNet between 18 and 34;
     CIFAR ResNets, and of timm what takes layers, depths or depth (ResNet, ConvNeXt, ViT)"""
@@ -42,7 +52,7 @@ class ModelConfig:
                 f"name = {self.name!r} is no timm model and no CIFAR network"
                 f"{did_you_mean(self.name, known)}"
             )
-        for option in ("drop_rate", "drop_path_rate") if small else ("width", "norm"):
+        for option in ("drop_rate", "drop_path_rate") if small else ("norm",):
             if getattr(self, option) is not None:
                 raise ValueError(f"{option} is no option of {self.name}")
         if self.norm is not None and self.norm not in cifar.NORMS:
@@ -53,6 +63,18 @@ class ModelConfig:
             raise ValueError(f"blocks is no option of {self.name}")
         if self.blocks is not None:
             _check_blocks(list(self.blocks))
+        if self.activation is not None:
+            check_activation(self.activation)
+        if not small and (self.width is not None or self.activation is not None):
+            self._check_timm()
+
+    def _check_timm(self) -> None:
+        """Raises `ValueError` for an option that only some of timm's models have."""
+        usual = _usual(self.name)
+        if self.width is not None and not isinstance(usual, ResNet):
+            raise ValueError(f"width is no option of {self.name}")
+        if self.activation is not None and not is_plain_resnet(usual):
+            raise ValueError(f"activation is no option of {self.name}: only {SIGN_TAKERS} take one")
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,8 @@ class ModelSpec:
             raise ValueError(f"model {self.name!r} is not one that is built here")
         if "blocks" in self.arguments:
             _check_blocks(self.arguments["blocks"])
+        if "activation" in self.arguments:
+            check_activation(self.arguments["activation"])
         for argument in self.arguments:
             if re.search(r"pretrained|checkpoint|cache|_file", argument):
                 raise ValueError(f"model argument {argument!r} reads a file")
@@ -98,19 +122,19 @@ class ModelSpec:
 
     def _build(self) -> nn.Module:
         arguments = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.arguments}
-        blocks = arguments.get("blocks")
         network = cifar.find_network(self.name)
         if network is not None:
             return network(**arguments)
-        if blocks is not None:
-            del arguments["blocks"]
-            arguments |= _as_timm_has_it(self.name, blocks)
+        chosen = {name: arguments.pop(name) for name in _TRANSLATED if name in arguments}
+        if chosen:
+            arguments = {**_as_timm_has_it(_usual(self.name), **chosen), **arguments}
         model: nn.Module = timm.create_model(self.name, **arguments)
+        blocks = chosen.get("blocks")
         if blocks is not None and blocks != [stage.num_blocks for stage in stages(model)]:
             raise ValueError(
                 f"blocks = {blocks}: does not fit its stages, {described(stages(model))}"
             )
-        return model
+        return with_sign(model) if chosen.get("activation") == "sign" else model
 
     def outline(self) -> nn.Module:
         """The network without memory for its weights (on torch's `meta`). Raises as `build`."""
@@ -126,10 +150,53 @@ def _check_blocks(blocks: Any) -> None:
         raise ValueError(f"blocks = {shown}: must be from 1 to {_MOST_BLOCKS} in each stage")
 
 
-def _as_timm_has_it(name: str, blocks: list[int]) -> dict[str, Any]:
-    """The argument by which a timm model takes its blocks. Raises `ValueError` if none does."""
+def shaped_by(spec: ModelSpec, option: str) -> frozenset[str]:
+    """The names of the tensors whose shapes depend on a number of the specification.
+
+    `num_classes` gives the head, `in_chans` the convolution that reads the images.
+    """
+    other = replace(spec, **{option: getattr(spec, option) + 1})
+    here, there = (
+        {name: value.shape for name, value in each.outline().state_dict().items()}
+        for each in (spec, other)
+    )
+    return frozenset(name for name, shape in here.items() if there.get(name) != shape)
+
+
+def _usual(name: str) -> nn.Module:
+    """The outline of a timm model as it is without options."""
     with torch.device("meta"):
-        usual = timm.create_model(name)
+        model: nn.Module = timm.create_model(name)
+    return model
+
+
+def _as_timm_has_it(
+    usual: nn.Module,
+    *,
+    blocks: list[int] | None = None,
+    width: int | None = None,
+    activation: str | None = None,
+) -> dict[str, Any]:
+    """The arguments by which timm builds a variant of its usual model.
+
+    Raises `ValueError` if it cannot.
+    """
+    arguments: dict[str, Any] = {}
+    if blocks is not None:
+        arguments |= _blocks_as_timm_has_them(usual, blocks)
+    if width is not None:
+        if not isinstance(usual, ResNet):
+            raise ValueError(f"width = {width}: it takes none; leave model.width out")
+        arguments["channels"] = tuple(width << stage for stage in range(4))
+    if activation is not None and not is_plain_resnet(usual):
+        raise ValueError(f"activation = {activation!r}: only {SIGN_TAKERS} take one")
+    if activation == "sign":
+        arguments["zero_init_last"] = False  # with it no gradient would pass its blocks
+    return arguments
+
+
+def _blocks_as_timm_has_them(usual: nn.Module, blocks: list[int]) -> dict[str, Any]:
+    """The argument by which a timm model takes its blocks. Raises `ValueError` if none does."""
     found, known = stages(usual), inspect.signature(type(usual).__init__).parameters
     if len(found) != len(blocks):
         raise ValueError(f"blocks = {blocks}: it has {len(found)} stages ({described(found)})")

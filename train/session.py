@@ -171,13 +171,18 @@ class Session:
         """A seed of the run for one purpose."""
         return stream_seed(self.settings.seed, *labels)
 
-    def build_network(self, spec: ModelSpec | None = None) -> Network:
+    def build_network(
+        self, spec: ModelSpec | None = None, adapt: Callable[[nn.Module], None] | None = None
+    ) -> Network:
         """A network with initial weights ready for training: by default the session's.
 
-        Raises `UserError` where it does not take the data set's images.
+        `adapt` changes it in place before anything distributed sees it. Raises `UserError` where
+        it does not take the data set's images.
         """
         spec = spec or self.model_spec
         model = spec.build(self.seed("init"))
+        if adapt is not None:
+            adapt(model)
         self._try_shapes(model.eval(), spec.name)
         example = self.engine.example(self.data.image_shape, self.settings.data.batch_size)
         return self.engine.prepare(model.train(), example)

@@ -6,8 +6,10 @@ from launch.bench.checkpoint import bench_checkpoint
 from launch.bench.engine import bench_engine
 from launch.bench.loader import bench_loader
 from launch.bench.masks import bench_masks
+from launch.bench.scores import bench_scores
 from launch.bench.store import bench_store
 from launch.bench.threshold import bench_threshold
+from launch.bench.xnor import bench_xnor
 
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "engine": bench_engine,
@@ -16,4 +18,6 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "store": bench_store,
     "threshold": bench_threshold,
     "loader": bench_loader,
+    "scores": bench_scores,
+    "xnor": bench_xnor,
 }

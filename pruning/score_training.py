@@ -1,0 +1,116 @@
+"""Training under masks that follow the scores: what multi-prize tickets do in every step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import RunError
+from pruning.allocate import Scope
+from pruning.masks import Masks
+from pruning.multiprize import choose, scored_layers
+from train.ranks import Ranks
+
+_RAMP_START = 0.5
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many weights are kept at each step, and over which of them the scores are ranked."""
+
+    density: float | Mapping[str, int]
+    """the fraction that is kept in the end, or how many weights of each layer"""
+    scope: Scope = "layer"
+    least: int = 1
+    """with `scope = "global"`: how many weights each layer keeps at least"""
+    ramp: int = 0
+    """steps over which the density falls from 50 %, by the third power of what is left of them"""
+
+    def density_at(self, step: int) -> float | Mapping[str, int]:
+        """What is kept in the forward pass of `step`."""
+        density = self.density
+        if isinstance(density, Mapping) or step >= self.ramp or density >= _RAMP_START:
+            return density
+        return density + (_RAMP_START - density) * (1 - step / self.ramp) ** 3
+
+    def choose(self, scores: Mapping[str, Tensor], step: int) -> Masks:
+        """The masks of the forward pass of `step`. Raises as `pruning.multiprize.choose`."""
+        return choose(scores, self.density_at(step), self.scope, self.least)
+
+
+class TrainedScores:
+    """A `Sparsity`: after every update the masks are those of the largest scores.
+
+    They are a function of scores and step alone, so that a checkpoint need not hold them. Each
+    rank chooses for itself; that all have the same scores, to the bit, is checked every time.
+    """
+
+    def __init__(self, model: nn.Module, share: Share, *, ranks: Ranks) -> None:
+        self._layers, self._share, self._ranks = scored_layers(model), share, ranks
+        self._step = 0
+        self._choose()
+
+    @property
+    def _scores(self) -> dict[str, Tensor]:
+        return {name: layer.scores.detach() for name, layer in self._layers.items()}
+
+    def _choose(self) -> None:
+        scores = self._scores
+        self._require_equal(scores)
+        try:
+            self.masks = self._share.choose(scores, self._step)
+        except ValueError as error:  # a NaN
+            raise RunError(
+                f"after {self._step} steps {error}; no checkpoint holds it. Lower optimizer.lr or "
+                "set train.clip, under another --name"
+            ) from error
+        for name, mask in self.masks.items():
+            self._layers[name].keep(mask)
+
+    def _require_equal(self, scores: Mapping[str, Tensor]) -> None:
+        """Raises `RunError` on all ranks unless all have the same scores."""
+        if self._ranks.world_size == 1:
+            return
+        bits = [score.view(torch.int32).sum(dtype=torch.int64) for score in scores.values()]
+        sums = torch.stack(bits)
+        lowest, highest = self._ranks.reduce(torch.stack([sums, -sums]), "min")
+        if not torch.equal(lowest, -highest):
+            raise RunError(
+                f"after {self._step} steps the scores differ between the ranks; the run stops here"
+            )
+
+    @property
+    def density(self) -> float:
+        """The fraction of the scored weights that is kept now."""
+        return self.masks.density
+
+    def before_update(self, step: int) -> bool:
+        """Never vetoes: gradients are dense, of pruned weights too."""
+        return True
+
+    def after_update(self, step: int) -> None:
+        """Chooses the masks of the next forward pass. Raises `RunError` for a score that is NaN."""
+        self._step = step + 1
+        self._choose()
+
+    def facts(self) -> dict[str, float]:
+        """None beyond the density."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the ramp has come, and the masks' digest, equal on all ranks."""
+        digest = self.masks.digest()
+        self._ranks.require_same(digest, "the masks of the scores")
+        return {"step": self._step, "digest": digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Chooses the masks again, by the scores that are loaded already.
+
+        Raises `ValueError` where they are not those of the checkpoint.
+        """
+        self._step = int(state["step"])
+        self._choose()
+        if state["digest"] != self.masks.digest():
+            raise ValueError("the checkpoint's scores choose other masks than they did")
