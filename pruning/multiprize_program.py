@@ -87,10 +87,12 @@ class MultiprizeConfig:
     def __post_init__(self) -> None:
         check_durations(self, "ramp")
         check_levels(self)
-        if (self.density == "ticket") != (self.ticket is not None):
-            raise ValueError("density = 'ticket' and ticket: give both or none")
+        if self.density == "ticket" and self.ticket is None:
+            raise ValueError("density = 'ticket': needs ticket, the stage that gives it")
+        if self.density != "ticket" and self.ticket is not None:
+            raise ValueError(f"ticket = {self.ticket!r}: needs density = 'ticket'")
         if self.levels and self.ticket is None:
-            raise ValueError("levels: needs density = 'ticket' and a ticket")
+            raise ValueError(f"levels = {list(self.levels)}: needs density = 'ticket'")
         for density in self.densities:
             if not 0 < density <= 1:
                 raise ValueError(f"density = {density}: must be above 0 and at most 1")

@@ -60,12 +60,14 @@ def run(folder: Path, text: str, *overrides: str) -> Path:
     return folder / "tiny"
 
 
-def assert_refused(mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(
+    mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str], base: str = BASE
+) -> None:
     """The run ends with one line that says what is wrong, before anything is written."""
     text, options, expected = mistake
-    words = ["run", write_config(folder, BASE + text), "--root", str(folder), *options]
+    words = ["run", write_config(folder, base + text), "--root", str(folder), *options]
     assert run_command(words) == 2
     printed = capsys.readouterr()
-    assert expected in printed.err
+    assert expected in printed.err, printed.err
     assert printed.err.count("\n") == 1
     assert not (folder / "tiny").exists()
