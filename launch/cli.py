@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Literal
@@ -238,7 +239,8 @@ def _print_run_help() -> None:
         ("\nThe sections of a configuration:\n", Settings, "tombola run CONFIG"),
         *(
             (
-                f"\nA stage with recipe = {name!r}, its options as --stages.NAME.option:\n",
+                f"\nA stage with recipe = {name!r}, its options as --stages.NAME.option"
+                f"{_defaults_of(r.defaults)}:\n",
                 r.config,
                 "",
             )
@@ -251,6 +253,11 @@ def _print_run_help() -> None:
             parse(kind, ["--help"], prog=prog, add_help=True, config=(tyro.conf.FlagConversionOff,))
         except SystemExit:
             continue
+
+
+def _defaults_of(defaults: Mapping[str, str]) -> str:
+    told = ", ".join(f"{key} = {value}" for key, value in defaults.items())
+    return f" (unless the run says otherwise, with {told})" if told else ""
 
 
 def _fail(error: BaseException, line: str, code: int) -> int:

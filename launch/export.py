@@ -1,6 +1,7 @@
 """`tombola export TICKET` and `tombola tickets import SOURCE`: from and to other tools."""
 
 import os
+from collections.abc import Mapping
 
 from data.errors import UserError
 from data.files import Folder
@@ -58,15 +59,11 @@ def import_ticket(
     output: str,
 ) -> None:
     """Writes the ticket of another tool to a store. Raises `UserError` for an impossible value."""
-    for option, value in {"step": step, "level": level}.items():
-        if value is not None and value < 0:
-            raise UserError(f"--{option} {value}: must not be negative")
-    if (density is not None) != (origin == "biprop"):
-        raise UserError("--density goes with --from biprop, whose files do not tell what is kept")
+    when = {"step": step, "level": level}
+    which = {"model": model, "num-classes": num_classes}
+    how = {"width": width, "norm": norm, "activation": activation}
+    _check_options(origin, density, when, {**which, **how})
     if origin == "mpt":
-        given = {"model": model, "num-classes": num_classes, "step": step, "level": level}
-        if any(value is not None for value in given.values()):
-            raise UserError("--from mpt: the file tells model, classes and all: leave them out")
         _import_mpt(source, output)
         return
     if model is None or num_classes is None:
@@ -88,11 +85,33 @@ def import_ticket(
     print(f"{url}: level {parts.level}, density {parts.masks.density:.4%}, {state}")
 
 
+def _check_options(
+    origin: Origin,
+    density: float | None,
+    when: Mapping[str, int | None],
+    network: Mapping[str, int | str | None],
+) -> None:
+    """Raises `UserError` for options that do not go together."""
+    for option, value in when.items():
+        if value is not None and value < 0:
+            raise UserError(f"--{option} {value}: must not be negative")
+        if value is not None and origin in ("biprop", "mpt"):
+            raise UserError(
+                f"--{option}: not with --from {origin}, whose weights are never trained"
+            )
+    if (density is not None) != (origin == "biprop"):
+        raise UserError("--density goes with --from biprop, whose files do not tell what is kept")
+    if origin == "mpt" and any(value is not None for value in network.values()):
+        raise UserError("--from mpt: the file tells model, classes and all: leave them out")
+
+
 def _import_mpt(source: str, output: str) -> None:
-    file = mpt.read(source)
-    mpt.compare_logits(file)
-    known = file.preprocessing or {"image_shape": list(file.image_shape)}
-    config = {"imported": {"from": "mpt", "source": source}, "preprocessing": known}
+    file = mpt.verified(source)
+    config = {
+        "imported": {"from": "mpt", "source": source},
+        "preprocessing": file.preprocessing,
+        "image_shape": list(file.image_shape),
+    }
     url = store_prize(file.prize, output, config)
     print(f"{url}: density {file.prize.density:.4%}, binary weights, logits as the file tells")
 

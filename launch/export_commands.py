@@ -59,19 +59,22 @@ class ImportTicket:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """folder or URL of the store"""
     model: str | None = None
-    """any timm model, or a CIFAR network as in model.name; mpt has it in the file"""
+    """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_vgg{11,13,16,19} or
+    cifar_vgg_small; mpt: the file tells it, and all that follows"""
     num_classes: int | None = None
     """outputs of the network"""
     in_chans: int = 3
     """channels of its images"""
     width: int | None = None
-    """channels of the first stage, CIFAR networks only (default: 16 for ResNets, 64 for VGGs)"""
+    """channels of the first stage, as model.width: CIFAR networks and timm ResNets (default: 16
+    for cifar_resnet{6n+2}, 128 for cifar_vgg_small, else 64)"""
     norm: str | None = None
     """batch or group, CIFAR networks only (default: batch)"""
     activation: str | None = None
-    """relu or sign, as model.activation (default: relu)"""
+    """relu or sign, as model.activation: CIFAR networks, timm ResNets of basic blocks (default:
+    relu)"""
     density: float | None = None
-    """biprop: the fraction of each layer's weights that is kept, its prune rate"""
+    """biprop: the fraction of each layer's weights that is kept, there called prune rate"""
     step: int | None = None
     """training steps behind the weights (default: what open_lth's file name says, else 0)"""
     level: int | None = None

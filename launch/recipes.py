@@ -11,12 +11,12 @@ from pruning.connectivity_program import (
 )
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
-from pruning.multiprize_program import (
+from pruning.multiprize_config import (
     MULTIPRIZE_DEFAULTS,
     MultiprizeConfig,
     foresee_multiprize,
-    run_multiprize,
 )
+from pruning.multiprize_program import run_multiprize
 from pruning.sources import Outlook, Promise
 from train.session import Session
 from train.settings import Settings

@@ -134,7 +134,8 @@ class ShowStages:
     """Lists a model's stages (lists of like blocks), and which go where in another depth."""
 
     model: Positional[str]
-    """any timm model, cifar_resnet{6n+2} or cifar_vgg{11,13,16,19}"""
+    """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_vgg{11,13,16,19} or
+    cifar_vgg_small"""
     to: str | None = None
     """the model that its tickets shall be stretched or squeezed to: prints the map"""
     order: Literal["append", "interpolate"] = "append"

@@ -5,6 +5,10 @@ A state dict has for each convolution, the classifier among them, its random wei
 normalisations, without `weight` and `bias` where these are not learned. Masks are not saved: they
 follow from the scores and from the fraction that is kept, which is no part of the file. Names
 differ between its networks and those here, the order of layers does not: by that they are matched.
+
+Of n weights biprop keeps n - int((1 - k) n) in floating point, for some k one more than exact
+numbers give; so it is done here. Its gain divides by int(k n), which is one off at times: here it
+is the mean of what is kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +21,6 @@ from pruning.masks import prunable
 from pruning.multiprize import choose, gain_of, signed
 from pruning.prizes import Prize, PrizeLayer
 from train.models import ModelSpec
-from train.optim import NORMALISATIONS
 
 _SCORES = ".scores"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -32,11 +35,12 @@ def prize_of(state: Mapping[str, Tensor], model: ModelSpec, density: float, file
     weights = prunable(network)
     theirs = [name.removesuffix(_SCORES) for name in state if name.endswith(_SCORES)]
     _require_as_many(file, "layers with scores", theirs, list(weights))
+    _require_known(file, state, theirs)
     layers = {}
     for index, (name, source) in enumerate(zip(weights, theirs, strict=True)):
         scores = _fitted(state, f"{source}{_SCORES}", weights[name], file)
         weight = _fitted(state, f"{source}.weight", weights[name], file)
-        mask = choose({name: scores}, density)[name]
+        mask = choose({name: scores}, {name: _num_kept(density, scores.numel())})[name]
         gain = float(gain_of(weight, signed(weight, mask)))
         layers[name] = PrizeLayer(mask, (weight >= 0)[mask], gain, index)
     rest = {name: value for name, value in network.state_dict().items() if name not in layers}
@@ -47,10 +51,22 @@ def prize_of(state: Mapping[str, Tensor], model: ModelSpec, density: float, file
     return Prize(model, layers, rest, None)
 
 
+def _num_kept(density: float, size: int) -> int:
+    """As the authors' code has it. Raises `UserError` outside (0, 1]."""
+    if not 0 < density <= 1:
+        raise UserError(f"--density {density}: must be above 0 and at most 1")
+    return max(1, size - int((1 - density) * size))
+
+
+def _normalisations(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers that have statistics, in their order."""
+    return [n.removesuffix(".running_mean") for n in state if n.endswith(".running_mean")]
+
+
 def _statistics(state: Mapping[str, Tensor], network: nn.Module, file: str) -> dict[str, Tensor]:
     """The tensors of the normalisations, under their names here."""
-    ours = {n: one for n, one in network.named_modules() if isinstance(one, NORMALISATIONS)}
-    theirs = [n.removesuffix(".running_mean") for n in state if n.endswith(".running_mean")]
+    ours = {n: one for n, one in network.named_modules() if isinstance(one, nn.BatchNorm2d)}
+    theirs = _normalisations(state)
     _require_as_many(file, "batch normalisations", theirs, list(ours))
     found: dict[str, Tensor] = {}
     for (name, layer), source in zip(ours.items(), theirs, strict=True):
@@ -68,6 +84,15 @@ def _require_as_many(file: str, what: str, theirs: Sequence[str], ours: Sequence
             f"{file}: {len(theirs)} {what}, the network has {len(ours)}: is it another --model, "
             "or not of biprop?"
         )
+
+
+def _require_known(file: str, state: Mapping[str, Tensor], scored: Sequence[str]) -> None:
+    """Raises `UserError` for a tensor that would be left out, as a bias or a dense layer's."""
+    known = {f"{layer}.{key}" for layer in scored for key in ("weight", "scores")}
+    normalisations = set(_normalisations(state))
+    for name in state:
+        if name not in known and name.rpartition(".")[0] not in normalisations:
+            raise UserError(f"{file}: {name}: not of a network whose layers all have scores")
 
 
 def _fitted(state: Mapping[str, Tensor], name: str, like: Tensor, file: str) -> Tensor:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from data.files import Folder
 from pruning.allocate import keep_count, shuffle_layers
 from pruning.elastic import DepthChange, Order, format_map, parse_map, stages, transform
 from pruning.masks import Masks, prunable
@@ -33,11 +32,11 @@ from pruning.sources import (
     check_levels,
     claim_sources,
     find_sources,
-    recorded_sources,
+    finished_levels,
     require_weights,
 )
 from pruning.store import TicketFolder
-from pruning.tickets import INDEX, Ticket
+from pruning.tickets import Ticket
 from pruning.weight_store import write_weights
 from train.models import ModelSpec, shaped_by
 from train.session import Session, Start
@@ -99,7 +98,7 @@ def foresee_elastic(
     stage: str, config: ElasticConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made. Raises `UserError` for what is known to fail."""
-    finished = _finished_levels(outlook.run, stage, config)
+    finished = finished_levels(outlook.run, stage, config.controls)
     if finished is not None:
         return Promise(settings.model, tuple(finished))
     where, levels = f"stages.{stage}.ticket", []
@@ -114,18 +113,6 @@ def foresee_elastic(
     return Promise(settings.model, tuple(levels))
 
 
-def _finished_levels(run: Folder, stage: str, config: ElasticConfig) -> list[int] | None:
-    """The levels of a stage all of whose tickets are there, which needs its sources no more."""
-    levels = [int(level) for level, _ in recorded_sources(run, stage) or ()]
-    names = [
-        f"level-{level:02d}{suffix}"
-        for level in levels
-        for suffix in ("", *(f"-{control}" for control in config.controls))
-    ]
-    whole = all((run / f"{stage}/{name}").exists(INDEX) for name in names)
-    return levels if levels and whole else None
-
-
 def run_elastic(session: Session, stage: str, config: ElasticConfig) -> None:
     """Trains all tickets of the stage and their controls, as far as they are not finished yet.
 
@@ -133,7 +120,7 @@ def run_elastic(session: Session, stage: str, config: ElasticConfig) -> None:
     another number of classes (unless `transfer`).
     """
     engine, run = session.engine, session.folder
-    if engine.on_main(lambda: _finished_levels(run, stage, config)) is not None:
+    if engine.on_main(lambda: finished_levels(run, stage, config.controls)) is not None:
         return
     where = f"stages.{stage}.ticket"
     found = engine.on_main(

@@ -3,17 +3,18 @@
 import io
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from data.files import Folder
-from pruning import mpt
+from pruning import document, mpt
 from pruning.onnx_model import to_onnx
+from pruning.packing import Shape
 from pruning.prizes import Prize
 from pruning.tickets import Ticket
 from pruning.trained import trained_weights
@@ -68,7 +69,7 @@ def export(network: Subnetwork, form: Format, *, image_size: int | None = None) 
     Raises `UserError` where the packages for ONNX are missing or the network cannot be expressed.
     """
     if form == "mpt":
-        return mpt.to_bytes(_as_mpt(network.ticket, image_size))
+        return _as_mpt(network.ticket, image_size)
     if form == "pruning":
         return _saved(_reparametrized(network))
     model = network.build_model()
@@ -81,25 +82,46 @@ def export(network: Subnetwork, form: Format, *, image_size: int | None = None) 
     return safetensors.torch.save(state, {"format": "pt", **network.facts()})
 
 
-def _as_mpt(ticket: Ticket, image_size: int | None) -> mpt.MptFile:
+def _as_mpt(ticket: Ticket, image_size: int | None) -> bytes:
     """The file of a multi-prize ticket, for images as it was measured on or of another size.
 
-    Raises `UserError` for another ticket, or where the size of its images is not known.
+    It is read again before it is handed out. Raises `UserError` for another ticket, or where the
+    network does not take such images, or their size is not known; `RunError` for a ticket that
+    cannot be used.
     """
     prize = Prize.of(ticket)
-    preprocessing = ticket.config.get("preprocessing", {})
-    shape = preprocessing.get("image_shape")
-    if image_size is not None:
-        shape = [prize.model.in_chans, image_size, image_size]
-    if shape is None:
-        raise UserError(f"ticket {ticket.place}: tell the side of its images with --image-size")
     about = {
         "ticket": ticket.id,
         "place": ticket.place,
         "metrics": ticket.metrics,
         "versions": ticket.versions,
     }
-    return mpt.MptFile.of(prize, tuple(shape), preprocessing=preprocessing, about=about)
+    known = ticket.config.get("preprocessing")
+    preprocessing = known if isinstance(known, dict) else {}
+    shape = _image_shape(ticket, preprocessing, image_size)
+    try:
+        file = mpt.MptFile.of(prize, shape, preprocessing=preprocessing, about=about)
+    except (RunError, ValueError) as error:
+        raise UserError(f"ticket {ticket.place}: {error}; choose another --image-size") from error
+    content = mpt.to_bytes(file)
+    try:
+        mpt.from_bytes(content)
+    except (ValueError, RunError) as error:
+        raise RunError(f"ticket {ticket.place}: {error}: nothing was written") from error
+    return content
+
+
+def _image_shape(ticket: Ticket, preprocessing: dict[str, Any], image_size: int | None) -> Shape:
+    """Channels, height, width. Raises `UserError` where they are not known."""
+    if image_size is not None:
+        return ticket.model.in_chans, image_size, image_size
+    found = ticket.config.get("image_shape", preprocessing.get("image_shape"))
+    if found is None:
+        raise UserError(f"ticket {ticket.place}: tell the side of its images with --image-size")
+    try:
+        return document.shape(found, "image_shape")
+    except ValueError as error:
+        raise UserError(f"ticket {ticket.place}: {error}; choose an --image-size") from error
 
 
 def _reparametrized(network: Subnetwork) -> dict[str, Tensor]:

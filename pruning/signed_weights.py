@@ -40,11 +40,11 @@ class SignedLayer:
     def from_json(cls, value: Any, name: str) -> "SignedLayer":
         """Raises `ValueError` or `KeyError`."""
         row = document.mapping(value, name)
-        gain = document.number(row["gain"], f"the gain of {name}")
+        gain = float(document.number(row["gain"], f"the gain of {name}"))
         if not 0 < gain <= _LARGEST_GAIN or torch.tensor(gain).item() != gain:
             raise ValueError(f"the gain of {name} is {gain}, not a float32 above 0")
         index = document.count(row["index"], f"the index of {name}", _LARGEST_SEED)
-        return cls(document.shape(row["shape"], name), index, float(gain))
+        return cls(document.shape(row["shape"], name), index, gain)
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,18 @@ def recorded_sources(run: Folder, stage: str) -> list[list[Any]] | None:
         return None
 
 
+def finished_levels(run: Folder, stage: str, controls: Sequence[str] = ()) -> list[int] | None:
+    """The levels of a stage all of whose tickets are there, which needs its sources no more."""
+    levels = [int(level) for level, _ in recorded_sources(run, stage) or ()]
+    names = [
+        f"level-{level:02d}{suffix}"
+        for level in levels
+        for suffix in ("", *(f"-{control}" for control in controls))
+    ]
+    whole = all((run / f"{stage}/{name}").exists(INDEX) for name in names)
+    return levels if levels and whole else None
+
+
 def _recorded(value: Any) -> list[Any]:
     level, ticket_id = document.sequence(value, "a ticket")
     return [document.count(level, "level"), document.digest(ticket_id, "a ticket")]

@@ -219,6 +219,11 @@ def find_ticket(url: str | Path) -> Ticket:
     folder = Folder(location)
     if folder.exists(INDEX):
         return read_index(folder, INDEX, run_objects(folder.parent.parent))
+    if location.endswith(".mpt"):
+        raise UserError(
+            f"{folder}: a file of one network, not a ticket of a run or a store: bring it into a "
+            "store by tombola tickets import FILE --from mpt -o STORE"
+        )
     parent, _, name = folder.url.rpartition("/")
     store, beginning = Folder(parent or "."), name.removesuffix(".json")
     if re.fullmatch(rf"[0-9a-f]{{{_SHORTEST_ID},64}}", beginning):

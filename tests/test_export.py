@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from binary import make_prize
 from tiny import final_states, write_config
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -23,7 +24,7 @@ from launch.cli import run_command
 from pruning import onnx_model
 from pruning.allocate import keep_top
 from pruning.exporting import Subnetwork
-from pruning.importing import Imported, store
+from pruning.importing import Imported, store, store_prize
 from pruning.onnx_model import to_onnx
 from pruning.scores import magnitude
 from pruning.store import TicketStore
@@ -329,12 +330,16 @@ PAGE = Path(__file__).parent.parent / "docs/export.md"
 
 def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands on a ticket, and then its code, in the files' own folder."""
-    url = write_ticket(tmp_path / "store")
+    url, prize = write_ticket(tmp_path / "store"), make_prize()
+    binary = store_prize(prize, str(tmp_path / "store"), {"image_shape": [3, 16, 16]})
     page = PAGE.read_text().replace("runs/digits-imp/imp/level-07", url)
+    page = page.replace("runs/digits-multiprize/mpt-1-32/level-00", binary)
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^tombola (export .*)$", page, re.MULTILINE)
-    assert [run_command(command.split()) for command in commands] == [0] * 4
+    commands = re.findall(r"^tombola (export .*|tickets .*\.mpt\b.*)$", page, re.MULTILINE)
+    assert [run_command(command.split()) for command in commands] == [0] * 7
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (of_the_file,) = [block for block in blocks if "ticket.mpt" in block]
+    blocks.remove(of_the_file)
     expected = Ticket.load(url).build_model()
     images = torch.randn(2, 1, 8, 8)
     for block in blocks:
@@ -344,6 +349,8 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert torch.equal(logits(names["model"], images), logits(expected, images))
     assert len(blocks) == 4
     assert names["model"].fc.weight_mask.any()
+    exec(of_the_file, names)
+    assert torch.equal(names["logits"], logits(prize.build_model(), torch.zeros(5, 3, 16, 16)))
 
 
 def test_a_ticket_that_does_not_fit_its_model_is_one_line(

@@ -263,7 +263,9 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ({"state_dict": {"a": torch.ones(1)}, "epoch": 3}, "'state_dict' is not a plain tensor"),
+        ({"model": {"a": torch.ones(1)}, "epoch": 3}, "'model' is not a plain tensor"),
+        ({"state_dict": {"a": 3}, "epoch": 3}, "'a' is not a plain tensor"),
+        ({"state_dict": {}, "epoch": 3}, "not a dict of tensors by name"),
         ({3: torch.ones(1)}, "3 is not a plain tensor"),
         (OrderedDict(a=None), "'a' is not a plain tensor"),
     ],
@@ -272,6 +274,12 @@ def test_a_checkpoint_is_no_state_dict(value: Any, told: str, tmp_path: Path) ->
     torch.save(value, tmp_path / "file.pt")
     with pytest.raises(UserError, match=told):
         read_state(str(tmp_path / "file.pt"))
+
+
+def test_the_state_dict_in_a_checkpoint_is_read(tmp_path: Path) -> None:
+    """Where it stands under that name, as many training scripts save it."""
+    torch.save({"state_dict": {"module.a": torch.ones(1)}, "epoch": 3}, tmp_path / "file.pt")
+    assert read_state(str(tmp_path / "file.pt")) == {"a": torch.ones(1)}
 
 
 def test_a_state_dict_without_masks_is_refused(tmp_path: Path) -> None:

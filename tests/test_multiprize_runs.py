@@ -8,7 +8,7 @@ import torch
 from family import Mistake, assert_refused, run
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
-from tiny import assert_same_run, facts, final_states, ticket_facts, write_config
+from tiny import TOML, assert_same_run, facts, final_states, ticket_facts, write_config
 
 from data.errors import RunError
 from launch.cli import run_command
@@ -22,22 +22,9 @@ from pruning.weight_store import StoredWeights
 from train.engine import Engine
 from train.models import ModelSpec
 
-BASE = """
-name = "tiny"
-seed = 3
-[data]
-batch_size = 96
-[model]
-name = "cifar_resnet8"
-width = 4
-[train]
-total = "2ep"
-evaluate = "9it"
-[checkpoint]
-every = "8it"
-[log]
-every = 5
-"""
+OWN = '[optimizer]\nlr = 0.1\n[schedule]\nname = "linear"\n'
+BASE = TOML[: TOML.index("[[stages]]")].replace(OWN, "").replace("3ep", "2ep")
+"""two epochs of 13 steps; optimizer and schedule as the recipe has them"""
 PRIZE = """
 [[stages]]
 name = "prize"
@@ -155,6 +142,32 @@ def test_a_ticket_of_imp_gives_the_densities_of_layers(tmp_path: Path) -> None:
         kept = [[row.kept for row in ticket.masks.table()] for ticket in (source, found)]
         assert kept[0] == kept[1]
         assert found.masks != source.masks
+
+
+def test_a_ticket_that_empties_a_layer_gives_no_densities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names the layer; the stage has not begun."""
+    text = BASE + SEEDED.replace("rounds = 2", "rounds = 1").replace("[1, 2]", "[1]")
+    sparse = text.replace("prune_fraction = 0.4", "prune_fraction = 0.997")
+    words = ["run", write_config(tmp_path, sparse), "--root", str(tmp_path)]
+    assert run_command(words) == 2
+    printed = capsys.readouterr().err
+    assert "imp/level-01 keeps nothing of" in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "tiny/prize/level-01").exists()
+
+
+def test_a_finished_stage_needs_its_source_no_more(tmp_path: Path) -> None:
+    """The run that gave the densities may be gone."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    imp = run(source, BASE + IMP.replace("rounds = 2", "rounds = 1"))
+    text = BASE + PRIZE.replace("0.3", f'"ticket"\nticket = "{imp}/imp/level-01"')
+    before = ticket_facts(run(target, text))
+    imp.rename(tmp_path / "elsewhere")
+    assert ticket_facts(run(target, text)) == before
 
 
 def test_a_global_density_is_exact_and_ramps_down(tmp_path: Path) -> None:
