@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data.errors import UserError
+from pruning.masks import prunable
 from pruning.multiprize import (
     Gradient,
     ScoredLayer,
@@ -23,6 +25,7 @@ from pruning.multiprize import (
     scored_layers,
     signed,
 )
+from pruning.multiprize_config import MultiprizeConfig
 from pruning.random_weights import RandomWeights
 from train.models import ModelSpec
 
@@ -215,15 +218,31 @@ def test_masks_do_not_follow_the_scores_by_themselves() -> None:
     assert not torch.equal(scored(x).detach(), before)
 
 
-def test_random_weights_are_neither_parameters_nor_saved() -> None:
-    """DDP sees no gradient of them, and a checkpoint holds the scores alone."""
-    model = ModelSpec("cifar_resnet8", 10, 3, {"width": 4}).build()
-    score(model)
-    assert all(
-        name.endswith(("scores", "norm1.weight", "norm2.weight", "bias", "1.weight"))
-        for name, _ in model.named_parameters()
-    )
-    assert not any(name.endswith(("random", "binary", "gain")) for name in model.state_dict())
+@pytest.mark.parametrize("batchnorm", ["fixed", "learned"])
+def test_only_scores_have_gradients(batchnorm: Literal["fixed", "learned"]) -> None:
+    """And normalisations, if they are learned: DDP has nothing else to exchange, and no optimizer
+    a state of it. The random weights are no parameters, and in no checkpoint."""
+    spec = ModelSpec("resnet18", 10, 3, {"width": 8})
+    model = spec.build()
+    MultiprizeConfig(batchnorm=batchnorm).adapt(model, spec)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scores = {f"{name.removesuffix('weight')}scores" for name in prunable(spec.outline())}
+    norms = {n for n in spec.outline().state_dict() if ".bn" in n or n.startswith("bn")}
+    norms |= {n for n in spec.outline().state_dict() if "downsample.1" in n}
+    learned = {n for n in norms if n.endswith(("weight", "bias"))}
+    assert trained == (scores | learned if batchnorm == "learned" else scores)
+    names = {name.rpartition(".")[2] for name in model.state_dict()}
+    assert names.isdisjoint({"random", "binary", "gain"})
+
+
+def test_normalisations_begin_with_one_and_zero() -> None:
+    """timm starts the last one of a residual branch with zero, where it would stay."""
+    spec = ModelSpec("resnet18", 10, 3, {"width": 8})
+    model = spec.build()
+    MultiprizeConfig().adapt(model, spec)
+    state = model.state_dict()
+    assert bool((state["layer1.0.bn2.weight"] == 1).all())
+    assert not bool(state["layer1.0.bn2.bias"].any())
 
 
 def test_a_bias_is_zero_and_stays_so() -> None:
