@@ -10,7 +10,12 @@ from pruning.connectivity import Connectivity
 from pruning.tickets import Ticket
 
 _COLOURS = ("#1a5fb4", "#c64600", "#26a269", "#813d9c", "#986a44", "#a51d2d", "#5e5c64")
-_NAMES = {"imp": "winning tickets", "elastic": "elastic tickets", "random": "random masks"}
+_NAMES = {
+    "imp": "winning tickets",
+    "elastic": "elastic tickets",
+    "multiprize": "multi-prize tickets",
+    "random": "random masks",
+}
 _STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
