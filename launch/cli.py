@@ -257,7 +257,7 @@ def _print_run_help() -> None:
 
 def _defaults_of(defaults: Mapping[str, str]) -> str:
     told = ", ".join(f"{key} = {value}" for key, value in defaults.items())
-    return f" (unless the run says otherwise, with {told})" if told else ""
+    return f" (with {told}, each unless something in its section is set)" if told else ""
 
 
 def _fail(error: BaseException, line: str, code: int) -> int:

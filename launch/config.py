@@ -183,7 +183,7 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     options = [g for g in given if g.origin == COMMAND_LINE or g.key not in ("name", "recipe")]
     _check_keys(options, [*own_keys, *shared_keys, "name", "recipe"], f"stages.{name}.")
     own = [g for g in options if g.key in shared_keys]
-    own = [*_defaults(recipe, {g.key for g in (*shared, *own)}), *own]
+    own = [*_defaults(recipe, [*shared, *own]), *own]
     _refuse_renaming(options, name)
     config = _parse(kind, [g for g in options if g.key in own_keys], f"stages.{name}.")
     try:
@@ -194,10 +194,14 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     return Stage(name, recipe, config, settings, _picked(settings, [g.key for g in own]))
 
 
-def _defaults(recipe: str, chosen: set[str]) -> list[Given]:
-    """What a recipe wants of the shared sections, but for what somebody chose."""
-    wanted = RECIPES[recipe].defaults.items()
-    return [Given(key, (value,), f"recipe {recipe}") for key, value in wanted if key not in chosen]
+def _defaults(recipe: str, given: Iterable[Given]) -> list[Given]:
+    """What a recipe wants of the sections of which nobody says anything."""
+    chosen = {one.key.partition(".")[0] for one in given}
+    return [
+        Given(key, (value,), f"recipe {recipe}")
+        for key, value in RECIPES[recipe].defaults.items()
+        if key.partition(".")[0] not in chosen
+    ]
 
 
 def _refuse_renaming(options: Iterable[Given], stage: str) -> None:

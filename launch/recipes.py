@@ -32,7 +32,7 @@ class Recipe:
     """refuses, before anything is trained, what is known to fail; tells which tickets there will
     be for the stages after it, or `None`"""
     defaults: dict[str, str] = field(default_factory=dict)
-    """what it wants of the shared sections where neither the run nor the stage says anything"""
+    """what it wants of a shared section where neither the run nor the stage sets anything in it"""
 
 
 RECIPES = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -32,14 +33,15 @@ def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
     with WorkDisplay() as progress:
         for done, one in enumerate(found):
             progress("verifying tickets", done, len(found))
-            problems[one] = mpt.problem_of(one) if one.endswith(mpt.SUFFIX) else problem_of(one)
+            problems[one] = mpt.problem_of(one) if _is_file(one) else problem_of(one)
     if as_json:
         rows = [{"ticket": one, "problem": problem} for one, problem in problems.items()]
         print(json.dumps(rows, indent=1))
     else:
         console = Console(highlight=False, soft_wrap=True, markup=False)
         for one, problem in problems.items():
-            console.print(f"{one}: {'whole' if problem is None else problem}")
+            told = "whole" if problem is None else problem.removeprefix(f"{one}: ")
+            console.print(f"{one}: {told}")
     num_bad = sum(problem is not None for problem in problems.values())
     if num_bad:
         raise RunError(f"{num_bad} of {len(problems)} tickets cannot be used")
@@ -130,10 +132,16 @@ def collect_garbage(place: str, *, hours: float, dry_run: bool, root: str, as_js
 
 def _tickets_at(place: str, root: str) -> list[str]:
     """Where the ticket at a place is, or all of the run or the store there, or the file itself."""
-    if place.endswith(mpt.SUFFIX):
+    if _is_file(place):
         return [place]
     single = find_single(place, root)
     return find_tickets(place, root).places() if single is None else [single]
+
+
+def _is_file(place: str) -> bool:
+    """Whether it is the file of a multi-prize ticket: by its name, or as there is a file."""
+    is_index = place.endswith((".json", ".toml"))
+    return place.endswith(mpt.SUFFIX) or (not is_index and os.path.isfile(place))
 
 
 def _as_json(row: Overlap) -> dict[str, object]:

@@ -65,7 +65,8 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
     masks = ticket.stored_masks
     console.print(f"density   {ticket.density:.4%} ({masks.num_kept:,} of {masks.size:,})")
     start = ticket.weights_digest or "none: not found by weight rewinding"
-    console.print(f"weights   step {ticket.step}: {start[:40]}")
+    when = "chosen, never trained" if ticket.weights_are_final else f"step {ticket.step}"
+    console.print(f"weights   {when}: {start[:40]}")
     console.print(f"stored    {_stored_bytes(ticket)}")
     blocks = ticket.config.get("map")
     if isinstance(blocks, str) and blocks.isprintable():

@@ -230,6 +230,9 @@ def _require_fit(
         if layer.name in found:
             raise ValueError(f"{layer.name} is there twice")
         found[layer.name] = expected[layer.name]
+    names = [layer.name for layer in layers]
+    if names != [name for name in weights if name in names]:
+        raise ValueError("its layers are not in the order of its model")
     if not layers or found != expected:
         raise ValueError("its tensors are not those of its model")
     if logits.shape != (NUM_IMAGES, model.num_classes) or logits.dtype != torch.float32:

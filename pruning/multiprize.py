@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from pruning.allocate import Scope, exact, keep_count, keep_counts
+from pruning.device_select import select_largest_of_all, select_largest_of_each
 from pruning.masks import Masks, prunable
 
 Gradient = Literal["biprop", "literal"]
@@ -157,10 +158,9 @@ class ScoredLayer(GainLayer):
         self.gain.copy_(gain_of(self.random, self.binary))
 
     @torch.no_grad()
-    def draw(self, random: Tensor, scores: Tensor) -> None:
-        """Takes other random weights, and starts with these scores."""
+    def draw(self, random: Tensor) -> None:
+        """Takes other random weights."""
         self.random.copy_(random).add_(0.0)  # sign(-0) = +1
-        self.scores.copy_(scores)
 
 
 @cache
@@ -200,10 +200,10 @@ def score(
     `exclude`: weights, by name, that stay as they are. The random weights and scores are zero
     until they are drawn. Raises `UserError` where a layer cannot be made one.
     """
-    names = [name for name in prunable(model) if name not in exclude]
+    weights_of = prunable(model)
+    _require_unshared(model, weights_of)
+    names = [name for name in weights_of if name not in exclude]
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    if len(set(layers.values())) < len(layers):
-        raise UserError("two layers share a weight: scores cannot choose it for both")
     for layer in layers.values():
         weight: Tensor = layer.weight  # type: ignore[assignment]
         zeros = torch.zeros_like(weight, requires_grad=False)
@@ -213,6 +213,36 @@ def score(
         layer.register_buffer("random", zeros.clone(), persistent=False)
         layer.register_buffer("binary", zeros, persistent=False)
         layer.register_buffer("gain", torch.ones((), device=zeros.device), persistent=False)
+
+
+def _require_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Raises `UserError` where a weight, or its whole layer, is in the network twice."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in weights and any(parameter is weight for weight in weights.values()):
+            raise UserError(
+                f"{name} is also another layer's weight: scores cannot choose it for both; choose "
+                "another model"
+            )
+
+
+def uncalled(model: nn.Module, images: Tensor) -> list[str]:
+    """The scored layers, by their weights, that the network does not call, in layer order.
+
+    It computes with their weights by itself then, and leaves out the gain.
+    """
+    layers = scored_layers(model)
+    called: set[str] = set()
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, layer in layers.items()
+    ]
+    was_training = model.training
+    with torch.no_grad():
+        model.eval()(images)
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return [name for name in layers if name not in called]
 
 
 def scored_layers(model: nn.Module) -> dict[str, ScoredLayer]:
@@ -239,29 +269,57 @@ def choose(
     """
     magnitudes = {name: value.detach().abs() for name, value in scores.items()}
     if isinstance(density, Mapping):
-        return keep_counts(magnitudes, density)
+        return _largest_of_each(magnitudes, density)
     if scope == "layer":
         sizes = {name: value.numel() for name, value in magnitudes.items()}
-        return keep_counts(magnitudes, {n: num_kept(density, size) for n, size in sizes.items()})
+        return _largest_of_each(
+            magnitudes, {n: num_kept(density, size) for n, size in sizes.items()}
+        )
     return _choose_globally(magnitudes, density, least)
 
 
-def _choose_globally(magnitudes: Mapping[str, Tensor], density: float, least: int) -> Masks:
-    size = sum(value.numel() for value in magnitudes.values())
+def require_enough(density: float, sizes: Mapping[str, int], least: int) -> int:
+    """How many weights are kept over all layers.
+
+    Raises `UserError` where that is less than `least` in each (or all, where there are fewer).
+    """
+    size, needed = sum(sizes.values()), sum(min(least, size) for size in sizes.values())
     count = num_kept(density, size)
-    reserves = {name: min(least, value.numel()) for name, value in magnitudes.items()}
-    if count < sum(reserves.values()):
+    if count < needed:
         raise UserError(
-            f"density = {density} keeps {count} of {size} weights, fewer than {least} in each of "
-            f"{len(magnitudes)} layers; keep more"
+            f"density = {density} keeps {count} of {size} weights, and {least} in each of "
+            f"{len(sizes)} layers are {needed}: keep more"
         )
+    return count
+
+
+def _choose_globally(magnitudes: Mapping[str, Tensor], density: float, least: int) -> Masks:
+    sizes = {name: value.numel() for name, value in magnitudes.items()}
+    count = require_enough(density, sizes, least)
+    reserves = {name: min(least, size) for name, size in sizes.items()}
     reserved: dict[str, Tensor] = {}
     while True:  # ends: each round reserves for another layer, and never for all
         free = {name: value for name, value in magnitudes.items() if name not in reserved}
-        taken = sum(reserves[name] for name in reserved)
-        chosen = keep_count(free, count - taken)
-        short = [row.name for row in chosen.table() if row.kept < reserves[row.name]]
+        chosen = _largest_of_all(free, count - sum(reserves[name] for name in reserved))
+        kept = torch.stack([chosen[name].count_nonzero() for name in free]).tolist()
+        short = [name for name, num in zip(free, kept, strict=True) if num < reserves[name]]
         if not short:
             return Masks({name: {**chosen, **reserved}[name] for name in magnitudes})
         found = {name: magnitudes[name] for name in short}
-        reserved |= keep_counts(found, {name: reserves[name] for name in short})
+        reserved |= _largest_of_each(found, {name: reserves[name] for name in short})
+
+
+def _largest_of_each(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Masks:
+    if _on_device(scores):
+        return Masks(select_largest_of_each(scores, counts))
+    return keep_counts(scores, counts)
+
+
+def _largest_of_all(scores: Mapping[str, Tensor], count: int) -> Masks:
+    if _on_device(scores):
+        return Masks(select_largest_of_all(scores, count))
+    return keep_count(scores, count)
+
+
+def _on_device(scores: Mapping[str, Tensor]) -> bool:
+    return next(iter(scores.values())).device.type != "cpu"

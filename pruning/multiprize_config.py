@@ -3,16 +3,17 @@
 `pruning.multiprize_program` has the search.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from data.errors import UserError
 from pruning.allocate import Scope
 from pruning.masks import prunable
-from pruning.multiprize import Gradient, Weights, num_kept, score, scored_layers
+from pruning.multiprize import Gradient, Weights, score, uncalled
 from pruning.packing import Shape
 from pruning.random_weights import Init, Scaled
 from pruning.sources import Outlook, Promise, check_levels, finished_levels
@@ -31,8 +32,8 @@ class MultiprizeConfig:
     trained themselves. With model.activation = 'sign' activations are binary too (MPT-1/1)."""
 
     density: tuple[float, ...] | Literal["ticket"] = (0.3,)
-    """the fraction kept; several are searched one after the other; or ticket, in each layer as many
-    weights as the ticket of another stage keeps there"""
+    """the fraction kept; several are searched one after the other, the largest first; or ticket, in
+    each layer as many weights as the ticket of another stage keeps there"""
     ticket: str | None = None
     """with density = ticket: an earlier stage, or RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID"""
     levels: tuple[int, ...] = ()
@@ -71,7 +72,7 @@ class MultiprizeConfig:
             raise ValueError(f"ticket = {self.ticket!r}: needs density = 'ticket'")
         if self.levels and self.ticket is None:
             raise ValueError(f"levels = {list(self.levels)}: needs density = 'ticket'")
-        for density in self.densities:
+        for density in () if isinstance(self.density, str) else self.density:
             if not 0 < density <= 1:
                 raise ValueError(f"density = {density}: must be above 0 and at most 1")
         if self.density != "ticket" and len(set(self.densities)) < max(1, len(self.densities)):
@@ -87,8 +88,8 @@ class MultiprizeConfig:
 
     @property
     def densities(self) -> tuple[float, ...]:
-        """Those that are given as numbers."""
-        return () if isinstance(self.density, str) else self.density
+        """Those that are given as numbers, from the densest on: level 0 is that."""
+        return () if isinstance(self.density, str) else tuple(sorted(self.density, reverse=True))
 
     @property
     def ramp_length(self) -> str:
@@ -145,9 +146,7 @@ def foresee_multiprize(
     model = spec.outline()
     try:
         config.adapt(model, spec)
-        sizes = {name: layer.scores.numel() for name, layer in scored_layers(model).items()}
-        for density in config.densities if config.scope == "global" else ():
-            _require_enough(density, sizes, config.min_kept)
+        require_called(_foreseen_uncalled(model))
     except UserError as error:
         raise UserError(f"stages.{stage}: {settings.model.name}: {error}") from None
     if config.ticket is None:
@@ -170,16 +169,21 @@ def shapes_of(spec: ModelSpec) -> dict[str, Shape]:
     return {name: tuple(weight.shape) for name, weight in prunable(spec.outline()).items()}
 
 
-def _require_enough(density: float, sizes: Mapping[str, int], least: int) -> None:
-    """Raises `UserError` where a density over all layers cannot give each its least."""
-    count, needed = (
-        num_kept(density, sum(sizes.values())),
-        sum(min(least, n) for n in sizes.values()),
-    )
-    if count < needed:
+def _foreseen_uncalled(outline: nn.Module) -> list[str]:
+    """As `uncalled`, of a network without memory for its weights; nothing where it cannot run."""
+    known = getattr(outline, "default_cfg", {}).get("input_size", (3, 32, 32))
+    try:
+        return uncalled(outline, torch.zeros(2, *known, device="meta"))
+    except Exception:  # what a network may do that needs values: the run itself will tell
+        return []
+
+
+def require_called(lost: Sequence[str]) -> None:
+    """Raises `UserError` where a network computes with the weight of a layer by itself."""
+    if lost:
         raise UserError(
-            f"density = {density} keeps {count} weights; {least} in each of {len(sizes)} layers "
-            f"are {needed}: keep more"
+            f"it does not call its layer {lost[0]}, so that scores cannot choose its weights; "
+            "choose another model"
         )
 
 

@@ -11,14 +11,18 @@ else a network has (position embeddings, class tokens) keeps its initial values.
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from data.errors import UserError
-from pruning.masks import Masks
-from pruning.multiprize import scored_layers
-from pruning.multiprize_config import MultiprizeConfig, require_layers, shapes_of
+from pruning.multiprize import require_enough, scored_layers, uncalled
+from pruning.multiprize_config import (
+    MultiprizeConfig,
+    require_called,
+    require_layers,
+    shapes_of,
+)
 from pruning.program import Arm, train_ticket
 from pruning.random_weights import RandomWeights
 from pruning.score_training import Share, TrainedScores
@@ -27,7 +31,7 @@ from pruning.sources import Found, claim_sources, find_sources, finished_levels
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights, write_weights
-from train.session import MakeSparsity, Session, Start
+from train.session import Session, Start
 
 _SEED_BITS = (1 << 32) - 1
 
@@ -49,32 +53,27 @@ class _Multiprize:
         self.session, self.stage, self.config = session, stage, config
         self.tickets, self.spec = TicketFolder(session.folder), session.model_spec
         self.network = session.build_network(adapt=lambda model: config.adapt(model, self.spec))
-        self._require_called()
         self._layers = scored_layers(self.network.module)
+        self.ramp = session.steps(config.ramp_length)
+        self._check()
         self._index = {name: number for number, name in enumerate(shapes_of(self.spec))}
         seed = session.seed("multiprize", "weights") & _SEED_BITS
         self.random = RandomWeights(seed, config.init, config.scaled)
         self._initial = {k: v.cpu().clone() for k, v in self.network.module.state_dict().items()}
 
-    def _require_called(self) -> None:
-        """Raises `UserError` for a layer of which the network uses only the weight."""
-        layers, called = scored_layers(self.network.module), set()
-        hooks = [
-            layer.register_forward_hook(lambda *_, name=name: called.add(name))
-            for name, layer in layers.items()
-        ]
-        was_training = self.network.module.training
-        with torch.no_grad():
-            example = self.session.engine.example(self.session.data.image_shape, 2)
-            self.network.module.eval()(self.session.engine.place(example))
-        self.network.module.train(was_training)
-        for hook in hooks:
-            hook.remove()
-        for name in layers.keys() - called:
-            raise UserError(
-                f"stages.{self.stage}: {self.spec.name} does not call its layer {name}, so that "
-                "scores cannot choose its weights; choose another model"
-            )
+    def _check(self) -> None:
+        """Raises `UserError` for what only the data and the network itself tell."""
+        config, session, stage = self.config, self.session, f"stages.{self.stage}"
+        session.require_before_end(self.ramp, f"{stage}.ramp = {config.ramp_length!r} is step")
+        sizes = {name: layer.scores.numel() for name, layer in self._layers.items()}
+        images = session.engine.example(session.data.image_shape, 2)
+        lost = uncalled(self.network.module, session.engine.place(images))
+        try:
+            require_called(lost)
+            for density in config.densities if config.scope == "global" else ():
+                require_enough(density, sizes, config.min_kept)
+        except UserError as error:
+            raise UserError(f"{stage}: {self.spec.name}: {error}") from None
 
     def run(self) -> None:
         sources = self._sources()
@@ -117,13 +116,13 @@ class _Multiprize:
         self, level: int, density: float | Mapping[str, int], source: Ticket | None = None
     ) -> Ticket:
         config, session = self.config, self.session
-        ramp = session.steps(config.ramp_length)
-        share = Share(density, config.scope, config.min_kept, ramp)
+        share = Share(density, config.scope, config.min_kept, self.ramp)
         arm = Arm(
             stage=self.stage,
             method="multiprize",
             level=level,
-            masks=lambda: share.choose(self._scores(), 0).to("cpu"),
+            masks=None,
+            sparsity=lambda _: partial(TrainedScores, share, session.engine),
             start=lambda: self._start(density),
             first_step=0,
             stop=session.total_steps,
@@ -136,26 +135,22 @@ class _Multiprize:
                 "preprocessing": asdict(session.data.preprocessing),
             },
         )
-
-        def make_sparsity(masks: Masks) -> MakeSparsity:
-            return lambda model, optimizer: TrainedScores(model, share, ranks=session.engine)
-
-        return train_ticket(session, self.tickets, self.network, arm, make_sparsity)
+        return train_ticket(session, self.tickets, self.network, arm)
 
     # Weights -----------------------------------------------------------------------------
 
-    def _scores(self) -> dict[str, Tensor]:
-        return {name: layer.scores.detach() for name, layer in self._layers.items()}
-
     def _start(self, density: float | Mapping[str, int]) -> Start:
         """The network as it is before any score is trained, its random weights drawn."""
+        scores: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             shape, index = tuple(layer.scores.shape), self._index[name]
-            kept = density if isinstance(density, float) else density[name] / layer.scores.numel()
-            random = self.random.weight(shape, index, kept)
-            layer.draw(random, self.random.scores(shape, index))
-        scores = {f"{n.removesuffix('weight')}scores": s for n, s in self._scores().items()}
-        return Start(self._initial | {name: s.cpu().clone() for name, s in scores.items()})
+            if isinstance(density, Mapping):
+                kept = density[name] / layer.scores.numel()
+            else:
+                kept = density
+            layer.draw(self.random.weight(shape, index, kept))
+            scores[f"{name.removesuffix('weight')}scores"] = self.random.scores(shape, index)
+        return Start(self._initial | scores)
 
     def _stored(self) -> StoredWeights | SignedWeights:
         """The weights that were chosen, and what was trained beside them."""

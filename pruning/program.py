@@ -8,6 +8,7 @@ goes on from its newest checkpoint.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from data.errors import RunError, StoreError
@@ -33,13 +34,15 @@ class Arm:
     stage: str
     method: str
     level: int
-    masks: Callable[[], Masks]
-    """chooses the masks; not called again once they are chosen"""
+    masks: Callable[[], Masks] | None
+    """chooses the masks; not called again once they are chosen; `None`: `sparsity` has its own"""
     start: Callable[[], Start]
     first_step: int
     stop: int
     schedule: Schedule
     seed_labels: tuple[str | int, ...]
+    sparsity: Callable[[Masks], MakeSparsity] = lambda masks: partial(FixedMasks, masks)
+    """what keeps to the masks in training, or chooses its own"""
     parent: Ticket | None = None
     model: ModelSpec | None = None
     """of the network that is trained (default: the session's)"""
@@ -57,17 +60,11 @@ class Arm:
         return f"level-{self.level:02d}" + (f"-{self.method}" if self.control else "")
 
 
-def train_ticket(
-    session: Session,
-    tickets: TicketFolder,
-    network: Network,
-    arm: Arm,
-    make_sparsity: Callable[[Masks], MakeSparsity] | None = None,
-) -> Ticket:
+def train_ticket(session: Session, tickets: TicketFolder, network: Network, arm: Arm) -> Ticket:
     """The finished ticket of an arm; trains only what is not finished yet.
 
-    The sparsity is `FixedMasks` unless `make_sparsity` gives another; the ticket has the masks
-    with which the training ended. Raises `RunError` where the ranks come to different masks.
+    It has the masks with which the training ended. Raises `RunError` where the ranks come to
+    different masks.
     """
     engine = session.engine
     with _remedy(tickets, arm.stage, arm.name):
@@ -75,17 +72,8 @@ def train_ticket(
     if finished is not None:
         session.display.skip(arm.stop - arm.first_step)
         return finished
-    with _remedy(tickets, arm.stage, arm.name):
-        stored = engine.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
-        chosen = None if stored is None else read_masks(tickets.objects, stored, engine)
     start = arm.start()  # first: where it is missing, nothing is begun
-    if chosen is None:
-        chosen = arm.masks()
-        engine.require_same(chosen.digest(), f"the masks of {arm.stage}/{arm.name}")
-        stored = write_masks(tickets.objects, chosen, engine)
-        engine.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, stored))
-    on_device = chosen.to(engine.device)
-    make = (make_sparsity or _fixed)(on_device)
+    chosen = Masks({}) if arm.masks is None else _chosen(tickets, arm, arm.masks, engine)
     phase = Phase(
         arm.stage,
         arm.name,
@@ -95,13 +83,26 @@ def train_ticket(
         seed_labels=arm.seed_labels,
         keep=arm.keep,
     )
-    outcome = session.train(phase, network, start, make)
+    outcome = session.train(phase, network, start, arm.sparsity(chosen.to(engine.device)))
     masks = Masks(outcome.sparsity.masks).to("cpu")
     engine.require_same(masks.digest(), f"the masks of {arm.stage}/{arm.name}")
     ticket = _describe(session, tickets, arm, outcome, masks, arm.weights(start))
     engine.on_main(lambda: tickets.write(ticket))
     session.display.say(_line(ticket))
     return ticket
+
+
+def _chosen(tickets: TicketFolder, arm: Arm, choose: Callable[[], Masks], ranks: Ranks) -> Masks:
+    """The masks with which an arm's training begins: those of an earlier attempt, or new ones."""
+    with _remedy(tickets, arm.stage, arm.name):
+        stored = ranks.on_main(lambda: tickets.chosen_masks(arm.stage, arm.name))
+        if stored is not None:
+            return read_masks(tickets.objects, stored, ranks)
+    masks = choose()
+    ranks.require_same(masks.digest(), f"the masks of {arm.stage}/{arm.name}")
+    stored = write_masks(tickets.objects, masks, ranks)
+    ranks.on_main(lambda: tickets.choose_masks(arm.stage, arm.name, stored))
+    return masks
 
 
 def masks_of(tickets: TicketFolder, ticket: Ticket, ranks: Ranks) -> Masks:
@@ -161,10 +162,6 @@ def _settings(session: Session, arm: Arm) -> dict[str, Any]:
     if arm.model is not None:
         settings["model"] = {"name": arm.model.name, **arm.model.arguments}
     return settings
-
-
-def _fixed(masks: Masks) -> MakeSparsity:
-    return lambda model, optimizer: FixedMasks(masks, model, optimizer)
 
 
 def _line(ticket: Ticket) -> str:

@@ -1,8 +1,9 @@
-"""Random weights that are a function of a seed, on every machine and with every release.
+"""Random weights that are a function of a seed.
 
 Layer number `layer` of a network has its signs from stream 0 of the generator (`pruning.philox`),
-its magnitudes from stream 1, and its first scores from stream 2. Signs are exact; magnitudes and
-scores go through float64 and are rounded to float32.
+its magnitudes from stream 1, and its first scores from stream 2. Signs, constant magnitudes and
+scores are exact; normal magnitudes go through an inverse error function in float64 and are rounded
+to float32, so that another release of torch might give another last bit to a few.
 """
 
 import math

@@ -1,11 +1,13 @@
 """Training under masks that follow the scores: what multi-prize tickets do in every step."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from data.errors import RunError
 from pruning.allocate import Scope
@@ -47,10 +49,21 @@ class TrainedScores:
     rank chooses for itself; that all have the same scores, to the bit, is checked every time.
     """
 
-    def __init__(self, model: nn.Module, share: Share, *, ranks: Ranks) -> None:
+    def __init__(
+        self, share: Share, ranks: Ranks, model: nn.Module, optimizer: Optimizer | None = None
+    ) -> None:
         self._layers, self._share, self._ranks = scored_layers(model), share, ranks
         self._step = 0
+        self._weights = self._digest_of_weights()
+        ranks.require_same(self._weights, "the random weights")  # DDP would not tell
         self._choose()
+
+    def _digest_of_weights(self) -> str:
+        """The SHA-256 over the random weights, which are drawn anew on each machine."""
+        digest = hashlib.sha256()
+        for layer in self._layers.values():
+            digest.update(layer.random.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     @property
     def _scores(self) -> dict[str, Tensor]:
@@ -100,16 +113,18 @@ class TrainedScores:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the ramp has come, and the masks' digest, equal on all ranks."""
+        """How far the ramp has come, and digests of masks and weights, equal on all ranks."""
         digest = self.masks.digest()
         self._ranks.require_same(digest, "the masks of the scores")
-        return {"step": self._step, "digest": digest}
+        return {"step": self._step, "digest": digest, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Chooses the masks again, by the scores that are loaded already.
 
-        Raises `ValueError` where they are not those of the checkpoint.
+        Raises `ValueError` where they are not those of the checkpoint, or the weights are not.
         """
+        if state["weights"] != self._weights:
+            raise ValueError("this machine draws other random weights than the checkpoint's had")
         self._step = int(state["step"])
         self._choose()
         if state["digest"] != self.masks.digest():

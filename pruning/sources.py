@@ -134,7 +134,7 @@ class Outlook:
                 one.ticket.require_fit()
                 if needed == "start":
                     require_weights(one.ticket)
-                elif needed == "end" and one.level is None:
+                elif needed == "end" and not one.level and not one.ticket.weights_are_final:
                     raise UserError(
                         f"{where} = {place!r}: is in a store, which has no trained weights; name "
                         "the level of a run"

@@ -115,8 +115,8 @@ class Ticket:
         return f"{self.stage}/{self.name}" if self.stage else self.method
 
     @property
-    def never_trained(self) -> bool:
-        """Whether its weights were only chosen: they are random, and those of its accuracy."""
+    def weights_are_final(self) -> bool:
+        """Whether its weights were chosen and not trained: its accuracy is theirs, masked."""
         return self.method == "multiprize"
 
     @property

@@ -14,14 +14,15 @@ from train.ranks import ALONE, Ranks
 def trained_weights(
     ticket: Ticket, level: Folder | None, ranks: Ranks = ALONE
 ) -> dict[str, Tensor]:
-    """The state at the end of a ticket's training, averaged (EMA) if it was; on the CPU.
+    """The state at the end of a ticket's training, masked, averaged (EMA) if it was; on the CPU.
 
-    `level` is the folder of its level in a run; a ticket whose weights were never trained needs
-    none, and has them itself. Raises `UserError` where no checkpoint of the end
+    `level` is the folder of its level in a run; a ticket whose own weights are final needs none.
+    Raises `UserError` where no checkpoint of the end
     is there, `RunError` for a damaged one.
     """
-    if ticket.never_trained:
-        return ticket.weights()
+    if ticket.weights_are_final:
+        weights, masks = ticket.weights(), ticket.read(ranks).masks
+        return weights | {name: weights[name].masked_fill(~m, 0) for name, m in masks.items()}
     if level is None:
         raise UserError(
             f"ticket {ticket.id[:12]} comes from a store: trained weights are only in the folder "
@@ -35,9 +36,9 @@ def trained_weights(
             "the folder of a level in its run"
         )
     state = Checkpoints(folder, ranks, keep=1).load(last, skip=("optimizer/",))
-    weights: dict[str, Tensor] = state.get("ema") or state.get("model") or {}
-    ticket.require_fit(weights)
-    return weights
+    trained: dict[str, Tensor] = state.get("ema") or state.get("model") or {}
+    ticket.require_fit(trained)
+    return trained
 
 
 def _last_step(folder: Folder) -> int:

@@ -49,7 +49,7 @@ class PackedConv2d(nn.Module):
     def __init__(
         self,
         binary: Tensor,
-        alpha: float,
+        gain: float,
         *,
         stride: int | Pair = 1,
         padding: int | Pair = 0,
@@ -64,12 +64,12 @@ class PackedConv2d(nn.Module):
         self.dilation = _pair("dilation", dilation, least=1)
         self.out_channels, self.in_channels = binary.shape[:2]
         self.kernel_size: Pair = (binary.shape[2], binary.shape[3])
-        self.alpha = float(np.float32(alpha))
+        self.gain = float(np.float32(gain))
         self.planes = _pack_weights(binary)
         """[2, kh * kw * words, O]: the mask and, of what it keeps, the signs"""
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, binary: Tensor, alpha: float) -> Self:
+    def like(cls, conv: nn.Conv2d, binary: Tensor, gain: float) -> Self:
         """One that takes the place of `conv`. Raises `ValueError` where it could not.
 
         It has no groups, and no padding but zeros of a given width.
@@ -86,7 +86,7 @@ class PackedConv2d(nn.Module):
             shapes = f"{list(binary.shape)}, the layer's {list(conv.weight.shape)}"
             raise ValueError(f"binary weights of shape {shapes}")
         geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-        return cls(binary, alpha, **{name: (pair[0], pair[1]) for name, pair in geometry.items()})
+        return cls(binary, gain, **{name: (pair[0], pair[1]) for name, pair in geometry.items()})
 
     @property
     def num_bytes(self) -> int:
@@ -125,7 +125,7 @@ class PackedConv2d(nn.Module):
                 wrong = _mismatches(columns, mask[:, outputs], sign[:, outputs])
                 np.multiply(wrong.reshape(into.shape), np.float32(-2), out=into)
                 into += start[outputs]
-                into *= self.alpha
+                into *= self.gain
         return torch.from_numpy(y).view(*y.shape[:2], *size)
 
     def _columns(self, words: Words) -> Words:
@@ -160,12 +160,12 @@ class PackedConv2d(nn.Module):
 class PackedLinear(nn.Module):
     """A product of +-1 inputs with ternary weights times one gain, as `PackedConv2d` has it."""
 
-    def __init__(self, binary: Tensor, alpha: float) -> None:
+    def __init__(self, binary: Tensor, gain: float) -> None:
         """`binary`: [O, C] of -1, 0 and +1. Raises `ValueError` for anything else."""
         super().__init__()
         if binary.dim() != 2 or binary.numel() == 0:
             raise ValueError(f"weights of shape {list(binary.shape)}: expected [O, C]")
-        self.pointwise = PackedConv2d(binary[:, :, None, None], alpha)
+        self.pointwise = PackedConv2d(binary[:, :, None, None], gain)
         self.out_features, self.in_features = binary.shape
 
     @property

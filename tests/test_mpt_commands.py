@@ -130,9 +130,9 @@ def test_damage_is_one_line_and_an_exit_code(
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert lines[0] == f"{whole}: whole"
-    assert lines[1].startswith(f"{bad}: {bad}: damaged: ")
+    assert lines[1].startswith(f"{bad}: damaged: ")
     assert lines[2] == f"{url}: whole"
-    assert lines[3].endswith("none.mpt: no such file")
+    assert lines[3] == f"{tmp_path}/none.mpt: no such file"
     assert printed.err == "error: 2 of 4 tickets cannot be used\n"
 
 
@@ -295,7 +295,7 @@ def signed_weights(prize: Prize) -> dict[str, Tensor]:
 def test_other_forms_hold_gain_times_sign_times_mask(
     trained: list[str], explicit: bool, tmp_path: Path
 ) -> None:
-    """As a state dict in either form, and as torch prunes; `--trained` gives the same."""
+    """As a state dict in either form, and as torch prunes; `--trained` gives the same, masked."""
     prize = make_prize(explicit=explicit)
     url = write(tmp_path / "store", prize)
     for form in ("torch", "safetensors", "pruning"):
@@ -307,7 +307,7 @@ def test_other_forms_hold_gain_times_sign_times_mask(
     for name, layer in prize.layers.items():
         assert torch.equal(state[f"{name}_mask"].bool(), layer.mask)
         assert torch.equal(state[f"{name}_orig"] * layer.mask, expected[name])
-        assert state[f"{name}_orig"].abs().unique().numel() == 1
+        assert state[f"{name}_orig"].abs().unique().tolist()[-1] == layer.gain
 
 
 @pytest.mark.parametrize("spec", [SPEC, SIGN], ids=["real", "binary"])
@@ -326,7 +326,7 @@ def test_what_it_was_trained_to_is_what_it_is(tmp_path: Path) -> None:
     """A ticket of a store has no training behind it, and needs none."""
     ticket = Ticket.load(write(tmp_path / "store", make_prize()))
     trained = Subnetwork.at_end(ticket, Folder(tmp_path))
-    assert_equal(trained.weights, ticket.weights())
+    assert_equal(trained.weights, ticket.build_model().state_dict())
     assert trained.facts()["weights"] == "trained"
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data.errors import UserError
-from pruning.masks import prunable
+from pruning.allocate import keep_count, keep_counts
+from pruning.device_select import select_largest_of_all, select_largest_of_each
+from pruning.masks import Masks, prunable
 from pruning.multiprize import (
     Gradient,
     ScoredLayer,
@@ -120,7 +122,8 @@ def layer_of(
     score(holder, weights=weights, gradient=gradient)
     ((_, scored),) = scored_layers(holder).items()
     drawn, shape = RandomWeights(7, "kaiming_normal"), tuple(scored.scores.shape)
-    scored.draw(drawn.weight(shape, 0, density), drawn.scores(shape, 0))
+    scored.draw(drawn.weight(shape, 0, density))
+    scored.scores.data.copy_(drawn.scores(shape, 0))
     scored.keep(choose({"w": scored.scores}, density)["w"])
     return scored
 
@@ -311,7 +314,8 @@ def test_a_global_percent_empties_no_layer_and_gives_no_nan() -> None:
     drawn, layers = RandomWeights(1), scored_layers(model)
     for index, layer in enumerate(layers.values()):
         shape = tuple(layer.scores.shape)
-        layer.draw(drawn.weight(shape, index, 0.01), drawn.scores(shape, index) * 1e-3**index)
+        layer.draw(drawn.weight(shape, index, 0.01))
+        layer.scores.data.copy_(drawn.scores(shape, index) * 1e-3**index)
     masks = choose({name: layer.scores for name, layer in layers.items()}, 0.01, "global")
     for name, layer in layers.items():
         layer.keep(masks[name])
@@ -327,3 +331,41 @@ def test_a_global_percent_empties_no_layer_and_gives_no_nan() -> None:
 def test_counts_by_layer_are_kept() -> None:
     masks = choose({"a": SCORES, "b": SCORES}, {"a": 3, "b": 7})
     assert [row.kept for row in masks.table()] == [3, 7]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_device_chooses_as_the_host_does(sizes: list[int], share: float, seed: int) -> None:
+    """Counts, ties, signs of zero: what runs on GPUs gives the masks of `pruning.select`."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        f"layer{i}": torch.randint(-3, 4, (size, 2), generator=generator) * 0.5
+        for i, size in enumerate(sizes)
+    }
+    counts = {name: math.floor(share * value.numel()) for name, value in scores.items()}
+    assert Masks(select_largest_of_each(scores, counts)) == keep_counts(scores, counts)
+    count = sum(counts.values())
+    assert Masks(select_largest_of_all(scores, count)) == keep_count(scores, count)
+
+
+def test_a_device_finds_a_score_that_is_no_number() -> None:
+    scores = {"a": torch.ones(3), "b": torch.tensor([1.0, math.nan, 2.0])}
+    with pytest.raises(ValueError, match="score of b is not a number"):
+        select_largest_of_each(scores, {"a": 1, "b": 1})
+
+
+def test_a_weight_that_two_layers_share_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(UserError, match=r"1\.weight is also another layer's weight"):
+        score(model)
+
+
+def test_a_layer_that_stands_in_a_network_twice_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"1\.weight is also another layer's weight"):
+        score(nn.Sequential(layer, layer))

@@ -11,6 +11,7 @@ from processes import run_ranks, tombola
 from tiny import TOML, assert_same_run, facts, final_states, ticket_facts, write_config
 
 from data.errors import RunError
+from data.files import Folder
 from launch.cli import run_command
 from launch.config import read_config
 from pruning import score_training
@@ -57,8 +58,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep_makes_one_ticket_a_density(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of each layer exactly its share, in one table and one picture."""
-    for level, density in enumerate((0.1, 0.5, 1.0)):
+    """The densest first, of each layer exactly its share, in one table and one picture."""
+    for level, density in enumerate((1.0, 0.5, 0.1)):
         ticket = Ticket.load(sweep / f"prize/level-0{level}")
         assert (ticket.method, ticket.level) == ("multiprize", level)
         for row in ticket.masks.table():
@@ -97,7 +98,7 @@ def test_a_ticket_is_the_network_that_was_measured(sweep: Path) -> None:
 
 def test_all_densities_share_their_random_signs(sweep: Path) -> None:
     """A sweep compares choices among the same weights."""
-    one, other = (Ticket.load(sweep / f"prize/level-0{level}") for level in (0, 2))
+    other, one = (Ticket.load(sweep / f"prize/level-0{level}") for level in (0, 2))
     assert isinstance(one.stored_weights, SignedWeights)
     assert isinstance(other.stored_weights, SignedWeights)
     assert one.stored_weights.seed == other.stored_weights.seed
@@ -235,7 +236,7 @@ def test_masks_are_chosen_once_an_update(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(score_training, "choose", counted)
     run(tmp_path, BASE + PRIZE, "--train.micro_batch", "32")
-    assert len(num_chosen) == 1 + 1 + 26  # for masks.json, at the start, after each update
+    assert len(num_chosen) == 1 + 26  # at the start, and after each update
 
 
 def test_scores_stay_float32_under_autocast(tmp_path: Path) -> None:
@@ -341,11 +342,13 @@ def test_a_checkpoint_of_other_masks_is_refused() -> None:
     score(model)
     with torch.no_grad():
         model[0].scores.copy_(torch.rand(4, 8))  # type: ignore[operator]
-    sparsity = score_training.TrainedScores(model, score_training.Share(0.5), ranks=ALONE)
+    sparsity = score_training.TrainedScores(score_training.Share(0.5), ALONE, model)
     saved = sparsity.state_dict()
     sparsity.load_state_dict(saved)
     with pytest.raises(ValueError, match="choose other masks"):
         sparsity.load_state_dict({**saved, "digest": "0" * 64})
+    with pytest.raises(ValueError, match="other random weights"):
+        sparsity.load_state_dict({**saved, "weights": "0" * 64})
     with torch.no_grad():
         model[0].scores.fill_(float("nan"))  # type: ignore[operator]
     with pytest.raises(RunError, match="not a number"):
@@ -356,7 +359,8 @@ def test_a_checkpoint_of_other_masks_is_refused() -> None:
 
 
 def test_the_recipe_has_defaults_of_its_own(tmp_path: Path) -> None:
-    """The authors' cosine and weight decay, unless the run or the stage says otherwise."""
+    """The authors' cosine and weight decay, each unless the run or the stage sets anything in that
+    section: milestones are of another schedule, and the decay is not of another optimizer."""
     dense = IMP.replace("rounds = 2", "rounds = 0")
     config = read_config(write_config(tmp_path, BASE + dense + PRIZE))
     imp, prize = config.stages
@@ -368,6 +372,9 @@ def test_the_recipe_has_defaults_of_its_own(tmp_path: Path) -> None:
     )
     (stage,) = given.stages
     assert (stage.settings.schedule.name, stage.settings.optimizer.weight_decay) == ("linear", 0.1)
+    milestones = "[schedule]\nmilestones = ['1ep']\n[optimizer]\nname = 'adam'\n"
+    (stage,) = read_config(write_config(tmp_path, BASE + milestones + PRIZE)).stages
+    assert (stage.settings.schedule.name, stage.settings.optimizer.weight_decay) == ("step", 1e-4)
 
 
 def test_a_resolved_configuration_keeps_the_recipe_s_defaults(tmp_path: Path) -> None:
@@ -393,7 +400,6 @@ MISTAKES: list[Mistake] = [
     (PRIZE + 'ramp = "5"\n', (), "ramp"),
     (PRIZE + "train_dense = true\n", (), "train_dense: needs dense_first or dense_last"),
     (PRIZE.replace("0.3", "1.0") + 'scaled = "biprop"\n', (), "scaled = 'biprop': needs a density"),
-    (GLOBAL.replace("0.1", "0.0001"), (), "keep more"),
     (PRIZE, ("--train.ema", "0.9"), "train.ema = 0.9: averaged scores choose other weights"),
     (PRIZE + 'weights = "ternary"\n', (), "weights"),
     (SEEDED.replace('ticket = "imp"', 'ticket = "ipm"'), (), "did you mean 'imp'?"),
@@ -417,21 +423,65 @@ def test_a_mistake_is_one_clear_line(
     assert_refused(mistake, tmp_path, capsys, base=BASE)
 
 
-def test_a_layer_that_is_not_called_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (GLOBAL.replace("0.1", "0.0001"), "3 in each of 10 layers are 30: keep more"),
+        (GLOBAL.replace("20it", "2ep"), "ramp = '2ep' is step 26, beyond the end"),
+    ],
+    ids=["least", "ramp"],
+)
+def test_what_only_the_data_tell_is_refused_before_the_stage_is_trained(
+    stage: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some networks read the weight of a layer and compute with it themselves: its gain is lost."""
-    from train import cifar
-
-    def aside(self: Any, x: torch.Tensor) -> torch.Tensor:
-        first = torch.nn.functional.conv2d(x, self.conv1.weight, padding=1)
-        out = self.stages(self.act1(self.norm1(first)))
-        scores: torch.Tensor = self.fc(out.mean((2, 3)))
-        return scores
-
-    monkeypatch.setattr(cifar.CifarResNet, "forward", aside)
-    words = ["run", write_config(tmp_path, BASE + PRIZE), "--root", str(tmp_path)]
+    words = ["run", write_config(tmp_path, BASE + stage), "--root", str(tmp_path)]
     assert run_command(words) == 2
     printed = capsys.readouterr().err
-    assert "cifar_resnet8 does not call its layer conv1.weight" in printed
+    assert expected in printed
     assert printed.count("\n") == 1
+    assert not (tmp_path / "tiny/prize").exists()
+
+
+def test_a_layer_that_is_not_called_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BEiT reads the weight of a layer and computes with it: its gain would be lost."""
+    mistake = (
+        PRIZE + 'model.name = "beit_base_patch16_224"\n',
+        ("--model.width", "None"),
+        "beit_base_patch16_224: it does not call its layer blocks.0.attn.qkv.weight",
+    )
+    assert_refused(mistake, tmp_path, capsys, base=BASE)
+
+
+# ---- other stages
+
+
+def test_a_line_ends_in_the_tickets_themselves(tmp_path: Path) -> None:
+    """Between two multi-prize tickets: their masked weights, at their own accuracies."""
+    from pruning.connectivity import all_results
+
+    line = """
+[[stages]]
+name = "line"
+recipe = "connectivity"
+ticket = "prize"
+other = "prize"
+levels = [0]
+other_levels = [1]
+batchnorm = "interpolate"
+points = 3
+"""
+    folder = run(tmp_path, BASE + PRIZE.replace("0.3", "[0.1, 0.5]") + line)
+    (result,) = all_results(Folder(str(folder)))
+    errors = result.curves["test"].errors
+    for place, error in (("prize/level-00", errors[0]), ("prize/level-01", errors[-1])):
+        accuracy = Ticket.load(folder / place).metrics["test"]["accuracy"]
+        assert 1 - error == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_the_sparsest_of_a_sweep_is_what_others_take(tmp_path: Path) -> None:
+    """The levels go from the densest to the sparsest, as those of IMP."""
+    taken = PRIZE.replace('"prize"', '"again"').replace("0.3", '"ticket"\nticket = "prize"')
+    folder = run(tmp_path, BASE + PRIZE.replace("0.3", "[0.1, 0.5]") + taken)
+    assert Ticket.load(folder / "again/level-01").density == pytest.approx(0.1, abs=0.01)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pruning import xnor
 from pruning.xnor import PackedConv2d, PackedLinear
 
-ALPHA = 0.0371
+GAIN = 0.0371
 CHANNELS = st.sampled_from([1, 3, 63, 64, 65, 130])
 DENSITIES = st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0])
 
@@ -33,7 +33,7 @@ def ternary(*shape: int, density: float, seed: int = 1) -> Tensor:
 
 def float_conv(x: Tensor, binary: Tensor, **geometry: Any) -> Tensor:
     """What the float network computes."""
-    return F.conv2d(x, binary, **geometry) * ALPHA
+    return F.conv2d(x, binary, **geometry) * GAIN
 
 
 @st.composite
@@ -79,7 +79,7 @@ def test_any_convolution_equals_the_float_one(
     """However the work is cut: shapes, geometries and densities, and outputs without weights."""
     x, binary, geometry = case
     with mock.patch.multiple(xnor, _BLOCK_WORDS=block_words, _BLOCK_PIXELS=block_pixels):
-        y = PackedConv2d(binary, ALPHA, **geometry)(x)
+        y = PackedConv2d(binary, GAIN, **geometry)(x)
     assert y.dtype == torch.float32
     assert torch.equal(y, float_conv(x, binary, **geometry))
 
@@ -88,7 +88,7 @@ def test_a_layer_of_several_blocks_equals_the_float_one() -> None:
     """Blocks of their real size: images of 56 x 56, and of 4 x 4 with many outputs."""
     for shape, outputs in (((3, 64, 56, 56), 70), ((20, 192, 4, 4), 500)):
         x, binary = signs(*shape), ternary(outputs, shape[1], 3, 3, density=0.2)
-        y = PackedConv2d(binary, ALPHA, padding=1)(x)
+        y = PackedConv2d(binary, GAIN, padding=1)(x)
         assert torch.equal(y, float_conv(x, binary, padding=1))
 
 
@@ -99,9 +99,9 @@ def test_any_linear_layer_equals_the_float_one(
 ) -> None:
     """Any number of leading dimensions, none and an empty one included."""
     x, binary = signs(*batch, channels), ternary(num_outputs, channels, density=density)
-    y = PackedLinear(binary, ALPHA)(x)
+    y = PackedLinear(binary, GAIN)(x)
     assert y.dtype == torch.float32
-    assert torch.equal(y, F.linear(x, binary) * ALPHA)
+    assert torch.equal(y, F.linear(x, binary) * GAIN)
 
 
 @pytest.mark.parametrize("channels", [511 * 64, 512 * 64, 2000 * 64])
@@ -129,7 +129,7 @@ def test_the_masked_xnor_formula_gives_the_same_numbers() -> None:
 def test_the_layout_of_the_inputs_makes_no_difference() -> None:
     """channels_last, strided, reversed in its axes, half precision, and with a gradient."""
     binary = ternary(7, 65, 3, 3, density=0.2)
-    layer = PackedConv2d(binary, ALPHA, padding=1)
+    layer = PackedConv2d(binary, GAIN, padding=1)
     x = signs(2, 65, 6, 8)
     strided = torch.zeros(4, 130, 12, 16)[::2, ::2, ::2, ::2].copy_(x)
     turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
@@ -143,7 +143,7 @@ def test_the_layout_of_the_inputs_makes_no_difference() -> None:
 
 def test_no_images_give_no_outputs() -> None:
     """An empty batch."""
-    layer = PackedConv2d(ternary(7, 65, 3, 3, density=0.2), ALPHA)
+    layer = PackedConv2d(ternary(7, 65, 3, 3, density=0.2), GAIN)
     assert layer(torch.empty(0, 65, 6, 8)).shape == (0, 7, 4, 6)
 
 
@@ -153,22 +153,22 @@ def test_a_packed_layer_takes_the_place_of_another() -> None:
     binary, x = ternary(*conv.weight.shape, density=0.2), signs(2, 65, 7, 9)
     with torch.no_grad():
         conv.weight.copy_(binary)
-        assert torch.equal(PackedConv2d.like(conv, binary, ALPHA)(x), conv(x) * ALPHA)
+        assert torch.equal(PackedConv2d.like(conv, binary, GAIN)(x), conv(x) * GAIN)
 
 
 def test_weights_take_two_bits_each_in_whole_words() -> None:
     """And are not in the state_dict, which the layer that it replaces has."""
-    layer = PackedConv2d(ternary(10, 128, 3, 3, density=0.2), ALPHA)
+    layer = PackedConv2d(ternary(10, 128, 3, 3, density=0.2), GAIN)
     assert layer.num_bytes == 10 * 128 * 3 * 3 * 2 // 8
-    assert PackedConv2d(ternary(10, 65, 3, 3, density=0.2), ALPHA).num_bytes == layer.num_bytes
-    assert PackedLinear(ternary(10, 3, density=0.2), ALPHA).num_bytes == 10 * 2 * 8
+    assert PackedConv2d(ternary(10, 65, 3, 3, density=0.2), GAIN).num_bytes == layer.num_bytes
+    assert PackedLinear(ternary(10, 3, density=0.2), GAIN).num_bytes == 10 * 2 * 8
     assert not layer.state_dict()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -2.0, 1.0000001, float("nan"), float("inf")])
 def test_inputs_other_than_signs_are_refused(value: float) -> None:
     """A single one is found, wherever it is."""
-    layer = PackedConv2d(ternary(2, 65, 1, 1, density=0.5), ALPHA)
+    layer = PackedConv2d(ternary(2, 65, 1, 1, density=0.5), GAIN)
     x = signs(3, 65, 40, 40)
     x[2, 64, 39, 39] = value
     with pytest.raises(ValueError, match=r"^inputs hold other values than -1 and \+1$"):
@@ -188,28 +188,28 @@ def test_inputs_other_than_signs_are_refused(value: float) -> None:
 )
 def test_inputs_that_do_not_fit_are_refused(x: Tensor, message: str) -> None:
     """In one line that says what was expected."""
-    layer = PackedConv2d(ternary(2, 3, 3, 3, density=0.5), ALPHA)
+    layer = PackedConv2d(ternary(2, 3, 3, 3, density=0.5), GAIN)
     with pytest.raises(ValueError, match=message):
         layer(x)
     with pytest.raises(ValueError, match=r"shape \[2, 4\]: expected \[..., 3\]"):
-        PackedLinear(ternary(2, 3, density=0.5), ALPHA)(torch.ones(2, 4))
+        PackedLinear(ternary(2, 3, density=0.5), GAIN)(torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("value", [0.5, 2.0, float("nan")])
 def test_weights_that_are_not_ternary_are_refused(value: float) -> None:
     """Of convolutions and of linear layers."""
     with pytest.raises(ValueError, match="other values than -1, 0 and"):
-        PackedConv2d(torch.full((1, 1, 1, 1), value), ALPHA)
+        PackedConv2d(torch.full((1, 1, 1, 1), value), GAIN)
     with pytest.raises(ValueError, match="other values than -1, 0 and"):
-        PackedLinear(torch.full((1, 1), value), ALPHA)
+        PackedLinear(torch.full((1, 1), value), GAIN)
 
 
 def test_weights_of_another_rank_are_refused() -> None:
     """A convolution has four dimensions, a linear layer two."""
     with pytest.raises(ValueError, match=r"expected \[O, C, kh, kw\]"):
-        PackedConv2d(torch.ones(2, 3), ALPHA)
+        PackedConv2d(torch.ones(2, 3), GAIN)
     with pytest.raises(ValueError, match=r"expected \[O, C\]"):
-        PackedLinear(torch.ones(2, 3, 1, 1), ALPHA)
+        PackedLinear(torch.ones(2, 3, 1, 1), GAIN)
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
@@ -218,7 +218,7 @@ def test_a_geometry_that_makes_no_sense_is_refused(name: str) -> None:
     for value in (-1, (1, -1), (1, 1, 1), "same"):
         geometry: dict[str, Any] = {name: value}
         with pytest.raises(ValueError, match=f"{name} = .*: expected one or two whole numbers"):
-            PackedConv2d(torch.ones(1, 1, 1, 1), ALPHA, **geometry)
+            PackedConv2d(torch.ones(1, 1, 1, 1), GAIN, **geometry)
 
 
 @pytest.mark.parametrize(
@@ -235,4 +235,4 @@ def test_layers_that_cannot_be_packed_are_refused(options: dict[str, Any], messa
     """Each by what stands in the way."""
     conv = nn.Conv2d(4, 6, **({"kernel_size": 3, "bias": False} | options))
     with pytest.raises(ValueError, match=message):
-        PackedConv2d.like(conv, torch.ones(6, 4, 3, 3), ALPHA)
+        PackedConv2d.like(conv, torch.ones(6, 4, 3, 3), GAIN)

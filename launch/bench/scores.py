@@ -63,7 +63,8 @@ class _Ours:
         self.layers = scored_layers(network)
         drawn = zip(self.layers.values(), weights.values(), scores.values(), strict=True)
         for layer, weight, value in drawn:
-            layer.draw(weight, value)
+            layer.draw(weight)
+            layer.scores.data.copy_(value)
         self.upstream = [torch.ones_like(value) for value in scores.values()]
         self.used: list[Tensor] = []
 

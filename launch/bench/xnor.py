@@ -10,7 +10,7 @@ from torch import Tensor
 from launch.bench.measure import interleaved, median_ratio, report
 from pruning.xnor import PackedConv2d
 
-_BATCH, _DENSITY, _ALPHA, _ROUNDS = 16, 0.2, 0.05, 60
+_BATCH, _DENSITY, _GAIN, _ROUNDS = 16, 0.2, 0.05, 60
 _LAYERS = {
     "CIFAR": ((64, 32), (128, 16), (256, 8), (512, 4)),
     "ImageNet": ((256, 14),),
@@ -52,10 +52,10 @@ def _layer(channels: int, width: int) -> _Layer:
 
 @torch.no_grad()
 def _compare(layer: _Layer) -> dict[str, Any]:
-    packed = PackedConv2d(layer.binary, _ALPHA, padding=1)
+    packed = PackedConv2d(layer.binary, _GAIN, padding=1)
 
     def in_float() -> Tensor:
-        return F.conv2d(layer.images, layer.binary, padding=1).mul_(_ALPHA)
+        return F.conv2d(layer.images, layer.binary, padding=1).mul_(_GAIN)
 
     def in_bits() -> Tensor:
         y: Tensor = packed(layer.images)
