@@ -38,6 +38,7 @@ _ENVIRONMENT = {
     errno.EACCES,
     errno.EPERM,
     errno.ENOENT,
+    errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
 }

@@ -28,10 +28,10 @@ def export_ticket(
 
     Raises `UserError` before anything is read where that cannot be.
     """
-    if image_size is not None and (form not in ("onnx", "mpt") or image_size < 1):
-        raise UserError(
-            f"--image-size {image_size}: must be at least 1, and with --format onnx or mpt"
-        )
+    if image_size is not None and form not in ("onnx", "mpt"):
+        raise UserError(f"--image-size {image_size}: goes with --format onnx or mpt, not {form}")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size {image_size}: must be at least 1")
     if form == "onnx":
         require_packages()
     folder, name = _place(output)
@@ -99,8 +99,10 @@ def _check_options(
             raise UserError(
                 f"--{option}: not with --from {origin}, whose weights are never trained"
             )
-    if (density is not None) != (origin == "biprop"):
-        raise UserError("--density goes with --from biprop, whose files do not tell what is kept")
+    if density is None and origin == "biprop":
+        raise UserError("--from biprop: needs --density, its files do not tell what is kept")
+    if density is not None and origin != "biprop":
+        raise UserError(f"--density {density}: goes with --from biprop, not {origin}")
     if origin == "mpt" and any(value is not None for value in network.values()):
         raise UserError("--from mpt: the file tells model, classes and all: leave them out")
 
@@ -112,7 +114,7 @@ def _import_mpt(source: str, output: str) -> None:
         "preprocessing": file.preprocessing,
         "image_shape": list(file.image_shape),
     }
-    url = store_prize(file.prize, output, config)
+    url = store_prize(file.prize, output, config, file.about)
     print(f"{url}: density {file.prize.density:.4%}, binary weights, logits as the file tells")
 
 

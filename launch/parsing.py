@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
+
+_NO_TYPE = re.compile(r"no type matching (.*?) could be instantiated from (.*?)\. Got errors")
 
 
 class ParseError(Exception):
@@ -36,4 +39,8 @@ def _one_line(framed: str) -> str:
             break
         if not is_rule:
             lines.append(text)
-    return " ".join(lines).replace(" Available subcommands", "; available subcommands")
+    line = " ".join(lines)
+    choice = _NO_TYPE.search(line)
+    if choice is not None:  # of several types none fits: what each of them said is of no help
+        return f"{line[: choice.start()]}{choice[2]} is not of the form {choice[1]}"
+    return line.replace(" Available subcommands", "; available subcommands")

@@ -29,22 +29,31 @@ def verify_tickets(places: Sequence[str], *, root: str, as_json: bool) -> None:
     if not places:
         raise UserError("name a ticket, a run or a store: tombola tickets verify runs/digits-imp")
     found = [one for place in places for one in _tickets_at(place, root)]
-    problems: dict[str, str | None] = {}
+    rows: list[dict[str, str | None]] = []
     with WorkDisplay() as progress:
         for done, one in enumerate(found):
             progress("verifying tickets", done, len(found))
-            problems[one] = mpt.problem_of(one) if _is_file(one) else problem_of(one)
+            problem, told = _verified(one)
+            rows.append({"ticket": one, "problem": problem, "found": told})
     if as_json:
-        rows = [{"ticket": one, "problem": problem} for one, problem in problems.items()]
         print(json.dumps(rows, indent=1))
     else:
         console = Console(highlight=False, soft_wrap=True, markup=False)
-        for one, problem in problems.items():
-            told = "whole" if problem is None else problem.removeprefix(f"{one}: ")
-            console.print(f"{one}: {told}")
-    num_bad = sum(problem is not None for problem in problems.values())
+        for row in rows:
+            console.print(f"{row['ticket']}: {row['problem'] or row['found']}")
+    num_bad = sum(row["problem"] is not None for row in rows)
     if num_bad:
-        raise RunError(f"{num_bad} of {len(problems)} tickets cannot be used")
+        raise RunError(f"{num_bad} of {len(rows)} tickets cannot be used")
+
+
+def _verified(place: str) -> tuple[str | None, str]:
+    """What is wrong with a ticket or with the file of one, if anything, and what was found."""
+    if not _is_file(place):
+        return problem_of(place), "whole"
+    try:
+        return None, f"whole: {mpt.verify(place)[1]}"
+    except (RunError, UserError) as error:
+        return str(error).removeprefix(f"{place}: "), ""
 
 
 def copy_tickets(source: str, target: str, *, root: str, as_json: bool) -> None:

@@ -61,7 +61,9 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
     console.print(f"{ticket.place}  {ticket.id}")
     lineage = (ticket.place, *(ancestor.place for ancestor in ticket.lineage))
     console.print(f"lineage   {' <- '.join(lineage)}")
-    console.print(f"model     {ticket.model.name}, {ticket.model.num_classes} classes")
+    spec = ticket.model
+    options = "".join(f", {name} {value}" for name, value in spec.arguments.items())
+    console.print(f"model     {spec.name}{options}, {spec.num_classes} classes", markup=False)
     masks = ticket.stored_masks
     console.print(f"density   {ticket.density:.4%} ({masks.num_kept:,} of {masks.size:,})")
     start = ticket.weights_digest or "none: not found by weight rewinding"

@@ -93,6 +93,7 @@ def _as_mpt(ticket: Ticket, image_size: int | None) -> bytes:
     about = {
         "ticket": ticket.id,
         "place": ticket.place,
+        "level": ticket.level,
         "metrics": ticket.metrics,
         "versions": ticket.versions,
     }

@@ -26,7 +26,7 @@ from pruning.masks import Masks, prunable
 from pruning.prizes import Prize
 from pruning.signed_weights import SignedLayer, SignedWeights
 from pruning.store import open_store
-from pruning.tickets import Ticket
+from pruning.tickets import Ticket, told_of
 from pruning.weight_store import write_weights
 from train.models import ModelSpec
 from train.versions import software_versions
@@ -106,8 +106,14 @@ def store(parts: Imported, url: str) -> str:
     return f"{tickets.folder}/{ticket.id}.json"
 
 
-def store_prize(prize: Prize, url: str, config: dict[str, Any]) -> str:
-    """Writes a binary network as a ticket to the store at `url`; returns as `store` does."""
+def store_prize(
+    prize: Prize, url: str, config: dict[str, Any], about: Mapping[str, Any] | None = None
+) -> str:
+    """Writes a binary network as a ticket to the store at `url`; returns as `store` does.
+
+    `about` may tell its level and metrics, as the file of a ticket does.
+    """
+    level, metrics = told_of(about or {})
     tickets = open_store(url)
     objects = tickets.objects
     masks = Masks({name: layer.mask for name, layer in prize.layers.items()})
@@ -118,7 +124,8 @@ def store_prize(prize: Prize, url: str, config: dict[str, Any]) -> str:
     }
     ticket = Ticket(
         method="multiprize",
-        level=0,
+        level=level,
+        metrics=metrics,
         model=prize.model,
         step=0,
         stored_masks=write_masks(objects, masks),

@@ -21,11 +21,11 @@ from pruning.check_images import NUM_IMAGES, check_images, check_logits, require
 from pruning.masks import prunable
 from pruning.mpt_layers import MASK, SIGNS, FileLayer, as_tensor, coded, layer_row
 from pruning.objects import require_memory
-from pruning.packed import packed_model
+from pruning.packed import num_packed, packed_model
 from pruning.packing import Shape, canonical, pack_bits
 from pruning.prizes import Prize
 from pruning.signed_weights import GENERATOR, seed_from_json
-from pruning.tickets import model_from_json, outline_of
+from pruning.tickets import model_from_json, outline_of, told_of
 from pruning.weight_store import StoredTensor, weights_digest
 from train.models import ModelSpec
 
@@ -100,12 +100,16 @@ def compare_logits(file: MptFile) -> bool:
 
 
 @torch.no_grad()
-def compare_packed(file: MptFile) -> None:
-    """Raises `RunError` unless the network gives the same logits as bits, to the last one."""
+def compare_packed(file: MptFile) -> int:
+    """How many layers run as bits.
+
+    Raises `RunError` unless the network gives the same logits then, to the last bit.
+    """
     images = check_images(file.image_shape)
     plain, packed = file.prize.build_model(), packed_model(file.prize, images)
     if not torch.equal(plain(images), packed(images)):
         raise RunError("its network gives other logits when it runs as bits")
+    return num_packed(packed)
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -266,24 +270,25 @@ def read(url: str) -> MptFile:
 
 
 def verified(url: str) -> MptFile:
-    """The file at a path or URL, its network rebuilt and run. Raises as `read`.
+    """The file at a path or URL, its network rebuilt and run. Raises as `read`."""
+    return verify(url)[0]
+
+
+def verify(url: str) -> tuple[MptFile, str]:
+    """The same, and in one line what was found.
 
     A network with binary activations is run as bits as well, which must change nothing.
     """
     file = read(url)
+    told = f"{file.prize.model.name} at {file.prize.density:.2%}"
     try:
-        compare_logits(file)
+        told_of(file.about)
+        equal = compare_logits(file)
+        told += f", the same logits{'' if equal else ' but for rounding'}"
         if file.prize.model.arguments.get("activation") == "sign":
-            compare_packed(file)
+            told += f", {compare_packed(file)} of {len(file.prize.layers)} layers run as bits"
     except (RunError, UserError) as error:
         raise RunError(f"{url}: {error}") from error
-    return file
-
-
-def problem_of(url: str) -> str | None:
-    """What is wrong with a file, which is `verified`; `None` if nothing."""
-    try:
-        verified(url)
-    except (RunError, UserError) as error:
-        return str(error)
-    return None
+    except ValueError as error:
+        raise RunError(f"{url}: damaged: {error}") from error
+    return file, told

@@ -76,15 +76,17 @@ class MultiprizeConfig:
             if not 0 < density <= 1:
                 raise ValueError(f"density = {density}: must be above 0 and at most 1")
         if self.density != "ticket" and len(set(self.densities)) < max(1, len(self.densities)):
-            raise ValueError(f"density = {list(self.densities)}: give each once, and at least one")
-        if self.min_kept < 1:
-            raise ValueError(f"min_kept = {self.min_kept}: must be at least 1")
+            raise ValueError(f"density = {list(self.densities)}: give at least one, and each once")
+        if self.min_kept < 1 or (self.min_kept > 1 and self.scope != "global"):
+            raise ValueError(
+                f"min_kept = {self.min_kept}: must be at least 1, and more needs scope = 'global'"
+            )
         if self.ticket is not None and (self.scope == "global" or self.ramp is not None):
             raise ValueError("density = 'ticket' goes by layer: leave out scope and ramp")
         if self.scaled == "biprop" and (self.ticket is not None or 1 in self.densities):
-            raise ValueError("scaled = 'biprop': needs a density below 1, it scales for the rest")
+            raise ValueError("scaled = 'biprop': needs a density below 1, for the rest it scales")
         if self.train_dense and not (self.dense_first or self.dense_last):
-            raise ValueError("train_dense: needs dense_first or dense_last")
+            raise ValueError("train_dense = true: needs dense_first or dense_last")
 
     @property
     def densities(self) -> tuple[float, ...]:

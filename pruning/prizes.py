@@ -61,8 +61,8 @@ class Prize:
         stored = ticket.stored_weights
         if not isinstance(stored, SignedWeights):
             raise UserError(
-                f"ticket {ticket.place} has no binary weights: this is for multi-prize tickets "
-                "(recipe = 'multiprize' with weights = 'binary')"
+                f"ticket {ticket.place} has no binary weights, which an .mpt file is for: those of "
+                "recipe = 'multiprize' with weights = 'binary'; choose another format"
             )
         ticket.require_fit()
         if stored.layers.keys() != ticket.masks.keys():

@@ -337,6 +337,15 @@ def _ancestor(value: Any) -> Ancestor:
     )
 
 
+def told_of(about: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Level and metrics in what a file tells of a ticket, which may be anyone's.
+
+    Raises `ValueError`.
+    """
+    level = document.count(about.get("level", 0), "level")
+    return level, document.table(_measures, about.get("metrics", {}), "metrics")
+
+
 def _measures(value: Any, what: str) -> dict[str, Any]:
     """Numbers by their names; `None` for what was not finite."""
     return document.table(partial(document.optional, document.number), value, what)

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from data.errors import RunError, UserError
 from pruning import document, mpt
 from pruning.masks import prunable
 from pruning.mpt import MptFile
@@ -104,3 +105,12 @@ def assert_same_prize(found: Prize, expected: Prize) -> None:
     for name, value in expected.rest.items():
         assert found.rest[name].dtype == value.dtype
         assert torch.equal(found.rest[name], value)
+
+
+def problem_of(url: str) -> str | None:
+    """What `mpt.verified` says of a file; `None` if it is whole."""
+    try:
+        mpt.verified(url)
+    except (RunError, UserError) as error:
+        return str(error)
+    return None

@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_one_line(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (OPTIONS, "--density goes with --from biprop"),
+        (OPTIONS, "--from biprop: needs --density"),
         ([*OPTIONS, "--density", "0"], "--density 0.0: must be above 0 and at most 1"),
         ([*OPTIONS, "--density", "1.5"], "--density 1.5: must be above 0 and at most 1"),
         ([*OPTIONS, "--density", "nan"], "--density nan: must be above 0 and at most 1"),

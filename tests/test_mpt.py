@@ -19,6 +19,7 @@ from binary import (
     logits,
     make_prize,
     opened,
+    problem_of,
 )
 from torch import Tensor, nn
 
@@ -263,7 +264,7 @@ def test_a_file_is_read_from_a_path_and_from_an_object_store(tmp_path: Path) -> 
     for url in (str(tmp_path), "memory://files"):
         Folder(url).write("x.mpt", content)
         assert_same_prize(mpt.read(f"{url}/x.mpt").prize, prize)
-        assert mpt.problem_of(f"{url}/x.mpt") is None
+        assert problem_of(f"{url}/x.mpt") is None
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -285,6 +286,6 @@ def test_logits_of_another_network_are_told(tmp_path: Path) -> None:
     path = tmp_path / "x.mpt"
     path.write_bytes(changed(content_of(make_prize()), change))
     assert mpt.read(str(path)).prize.density < 1
-    problem = mpt.problem_of(str(path))
+    problem = problem_of(str(path))
     assert problem is not None
     assert problem.startswith(f"{path}: its network gives other logits than the file tells, by up")

@@ -64,7 +64,10 @@ def test_a_ticket_goes_out_and_comes_back(
     assert capsys.readouterr().out == f"{file}: {url} as mpt, {len(content):,} bytes\n"
     assert_same_prize(mpt.read(str(file)).prize, prize)
     assert tickets("verify", file) == 0
-    assert capsys.readouterr().out == f"{file}: whole\n"
+    found = capsys.readouterr().out
+    assert found.startswith(f"{file}: whole: cifar_resnet8 at 3")
+    assert ", the same logits" in found
+    assert ("8 of 10 layers run as bits" in found) is (spec is SIGN)
     assert tickets("import", file, "--from", "mpt", "-o", tmp_path / "other") == 0
     told = capsys.readouterr().out
     assert re.search(r": density 3\d\.\d{4}%, binary weights, logits as the file tells\n$", told)
@@ -129,7 +132,7 @@ def test_damage_is_one_line_and_an_exit_code(
     assert tickets("verify", whole, bad, url, tmp_path / "none.mpt") == 1
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[0] == f"{whole}: whole"
+    assert lines[0].startswith(f"{whole}: whole: ")
     assert lines[1].startswith(f"{bad}: damaged: ")
     assert lines[2] == f"{url}: whole"
     assert lines[3] == f"{tmp_path}/none.mpt: no such file"
@@ -142,7 +145,9 @@ def test_json_tells_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     bad.write_bytes(exported(url, whole)[:-1])
     capsys.readouterr()
     assert tickets("verify", whole, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == [{"ticket": str(whole), "problem": None}]
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["ticket"], row["problem"]) == (str(whole), None)
+    assert "the same logits" in row["found"]
     assert tickets("verify", whole, bad, "--json") == 1
     rows = json.loads(capsys.readouterr().out)
     assert [row["ticket"] for row in rows] == [str(whole), str(bad)]
@@ -179,7 +184,7 @@ def test_another_ticket_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     file = tmp_path / "x.mpt"
     url = write_ticket(tmp_path / "store")
     assert export(url, "--format", "mpt", "-o", file) == 2
-    assert_one_line(capsys, "has no binary weights: this is for multi-prize tickets")
+    assert_one_line(capsys, "has no binary weights, which an .mpt file is for")
     url = write_ticket(tmp_path / "masks", weights=False)
     assert export(url, "--format", "mpt", "-o", file) == 2
     assert_one_line(capsys, "has no weights to start from")
@@ -247,7 +252,7 @@ def test_no_file_is_written_that_would_not_be_read(
         (["--width", "4"], "the file tells model, classes and all"),
         (["--norm", "batch"], "the file tells model, classes and all"),
         (["--activation", "sign"], "the file tells model, classes and all"),
-        (["--density", "0.3"], "--density goes with --from biprop"),
+        (["--density", "0.3"], "--density 0.3: goes with --from biprop"),
         (["--step", "3"], "--step: not with --from mpt"),
         (["--level", "3"], "--level: not with --from mpt"),
     ],

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from binary import IMAGES, SPEC, Change, Tensors, changed, closed, content_of, make_prize, opened
+from binary import (
+    IMAGES,
+    SPEC,
+    Change,
+    Tensors,
+    changed,
+    closed,
+    content_of,
+    make_prize,
+    opened,
+    problem_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import paths, replace
@@ -40,7 +51,7 @@ def refused(content: bytes) -> str:
     assert "\n" not in line
     assert line.isprintable()
     assert len(line) < 400
-    assert mpt.problem_of(url) == line
+    assert problem_of(url) == line
     return line
 
 
@@ -54,7 +65,7 @@ def test_the_file_from_which_they_are_made_is_whole() -> None:
     for content in (CONTENT, SIGNED):
         assert closed(*opened(content)) == content
         FOLDER.write("whole.mpt", content)
-        assert mpt.problem_of("memory://hostile/whole.mpt") is None
+        assert problem_of("memory://hostile/whole.mpt") is None
 
 
 # Damage ----------------------------------------------------------------------------------
@@ -430,7 +441,7 @@ def test_every_field_is_of_its_type(value: Any) -> None:
         content = changed(CONTENT, of_body(*path, value=value))
         if path[0] == "layers" and path[-1] == "gain" and value in (1.5, 1 << 60):
             FOLDER.write("x.mpt", content)
-            problem = mpt.problem_of("memory://hostile/x.mpt")
+            problem = problem_of("memory://hostile/x.mpt")
             assert problem is not None
             assert "its network gives other logits" in problem
         else:
@@ -497,7 +508,7 @@ def test_images_that_its_network_does_not_take_are_told(tmp_path: Path) -> None:
     content = mpt.to_bytes(mpt.MptFile.of(prize, (3, 160, 160)))
     path = tmp_path / "x.mpt"
     path.write_bytes(changed(content, of_body("image_shape", value=[3, 50, 50])))
-    problem = mpt.problem_of(str(path))
+    problem = problem_of(str(path))
     assert problem is not None
     assert problem.startswith(f"{path}: the network does not take images of 3x50x50: ")
     assert "\n" not in problem

@@ -45,7 +45,7 @@ def bench_scores(*, as_json: bool) -> None:
         "step seconds": statistics.median(our_step),
         "biprop step seconds": statistics.median(their_step),
         "biprop step / step": median_ratio(their_step, our_step),
-        "differing weights": _num_differing(ours, theirs),
+        "differing weights (ties)": _num_differing(ours, theirs),
     }
     report(result, as_json=as_json)
 
