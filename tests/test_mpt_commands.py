@@ -345,3 +345,14 @@ def test_a_store_copies_and_collects_such_tickets(tmp_path: Path) -> None:
     for url, explicit in zip(urls, (False, True), strict=True):
         copied = Ticket.load(f"{tmp_path}/two/{Ticket.load(url).id}")
         assert_same_prize(Prize.of(copied), make_prize(explicit=explicit))
+
+
+def test_level_and_metrics_come_along(tmp_path: Path) -> None:
+    """So that a ticket has its id again, and a store shows what it reached."""
+    about = {"level": 2, "metrics": {"test": {"accuracy": 0.75}}}
+    config = {"image_shape": [3, 16, 16]}
+    url = store_prize(make_prize(), str(tmp_path / "store"), config, about)
+    exported(url, tmp_path / "x.mpt")
+    assert tickets("import", tmp_path / "x.mpt", "--from", "mpt", "-o", tmp_path / "other") == 0
+    found = Ticket.load(f"{tmp_path}/other/{Ticket.load(url).id}")
+    assert (found.level, found.metrics) == (2, about["metrics"])
