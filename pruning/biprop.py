@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from pruning.choosing import choose
 from pruning.masks import prunable
-from pruning.multiprize import choose, gain_of, signed
+from pruning.multiprize import gain_of, signed
 from pruning.prizes import Prize, PrizeLayer
 from train.models import ModelSpec
 

@@ -16,7 +16,8 @@ from functools import partial
 from torch import Tensor
 
 from data.errors import UserError
-from pruning.multiprize import require_enough, scored_layers, uncalled
+from pruning.choosing import require_enough
+from pruning.multiprize import scored_layers, uncalled
 from pruning.multiprize_config import (
     MultiprizeConfig,
     require_called,

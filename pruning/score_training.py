@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from data.errors import RunError
 from pruning.allocate import Scope
+from pruning.choosing import choose
 from pruning.masks import Masks
-from pruning.multiprize import choose, scored_layers
+from pruning.multiprize import scored_layers
 from train.ranks import Ranks
 
 _RAMP_START = 0.5

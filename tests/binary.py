@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from data.errors import RunError, UserError
 from pruning import document, mpt
+from pruning.choosing import choose
 from pruning.masks import prunable
 from pruning.mpt import MptFile
-from pruning.multiprize import choose, gain_of, signed
+from pruning.multiprize import gain_of, signed
 from pruning.packing import canonical
 from pruning.prizes import Prize, PrizeLayer
 from pruning.random_weights import Init, RandomWeights

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from pruning.allocate import keep_count, keep_counts
+from pruning.choosing import choose, num_kept
 from pruning.device_select import select_largest_of_all, select_largest_of_each
 from pruning.masks import Masks, prunable
 from pruning.multiprize import (
@@ -20,9 +21,7 @@ from pruning.multiprize import (
     ScoredLayer,
     Weights,
     binary_weight,
-    choose,
     gain_of,
-    num_kept,
     score,
     scored_layers,
     signed,

@@ -15,7 +15,7 @@ from data.files import Folder
 from launch.cli import run_command
 from launch.config import read_config
 from pruning import score_training
-from pruning.multiprize import num_kept
+from pruning.choosing import num_kept
 from pruning.prizes import Prize
 from pruning.signed_weights import SignedWeights
 from pruning.tickets import Ticket

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from launch.bench.measure import interleaved, median_ratio, report
 from launch.bench.networks import Size, scores_of
-from pruning.multiprize import choose, score, scored_layers
+from pruning.choosing import choose
+from pruning.multiprize import score, scored_layers
 
 _DENSITY, _ROUNDS = 0.2, 3
 _SIZE: Size = "wide_resnet50_2"
