@@ -243,6 +243,7 @@ class _Elastic:
             seed_labels=("elastic", "order", level),
             parent=compared or move.source,
             control=compared is not None,
+            search_steps=move.source.total_steps,
             rewind_step=move.first_step,
             weights=lambda begun: write_weights(objects, begun.weights, engine),
             config={"elastic": asdict(self.config), "map": format_map(move.change.maps)},

@@ -167,6 +167,7 @@ class _Imp:
             first_step=self.start_step,
             weights=lambda start: self._dense_ticket.stored_weights if rewinds else None,
             parent=parent,
+            search_steps=parent.total_steps,
             **self._common("imp", level),
         )
         if mode == "finetune":
@@ -195,6 +196,7 @@ class _Imp:
                 ),
                 parent=ticket,
                 control=True,
+                search_steps=_searched(control, ticket, self.start_step),
                 **self._common(control, ticket.level),
             )
         )
@@ -276,3 +278,8 @@ class _Imp:
 
     def _store(self, weights: dict[str, Tensor]) -> StoredWeights:
         return write_weights(self.tickets.objects, weights, self.session.engine)
+
+
+def _searched(control: Control, ticket: Ticket, start_step: int) -> int:
+    """What a control needs before its training: the ticket's masks, or W_k alone."""
+    return int(ticket.timing.get("search_steps", 0)) if control == "reinit" else start_step

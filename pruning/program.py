@@ -47,6 +47,8 @@ class Arm:
     model: ModelSpec | None = None
     """of the network that is trained (default: the session's)"""
     control: bool = False
+    search_steps: int = 0
+    """optimizer steps that went into finding the masks before this training"""
     rewind_step: int = 0
     """k, which the ticket records"""
     weights: Callable[[Start], StoredWeights | SignedWeights | None] = lambda start: None
@@ -147,7 +149,11 @@ def _describe(
         lineage=() if parent is None else (parent.as_ancestor(), *parent.lineage),
         config={**arm.config, "settings": _settings(session, arm)},
         metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
-        timing={"images_per_second": session.recorder.images_per_second(arm.stage, arm.name)},
+        timing={
+            "images_per_second": session.recorder.images_per_second(arm.stage, arm.name),
+            "steps": float(arm.stop - arm.first_step),
+            "search_steps": float(arm.search_steps),
+        },
         versions=software_versions(),
         stage=arm.stage,
         name=arm.name,

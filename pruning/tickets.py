@@ -120,6 +120,11 @@ class Ticket:
         return self.method == "multiprize"
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps behind its accuracy: those of the search for it, and its training."""
+        return int(self.timing.get("search_steps", 0) + self.timing.get("steps", 0))
+
+    @property
     def weights_digest(self) -> str | None:
         """Names the state at `step`."""
         return None if self.stored_weights is None else self.stored_weights.digest
