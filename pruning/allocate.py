@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -10,19 +9,16 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.order import random_permutation, stream_seed
+from pruning.densities import Shapes
+from pruning.densities import count_for as count_for
+from pruning.densities import erk as erk
+from pruning.densities import exact as exact
 from pruning.masks import Masks
 from pruning.select import select_largest
 from pruning.shares import cut, join
 from train.ranks import ALONE, Ranks
 
 Scope = Literal["global", "layer"]
-
-
-def count_for(density: float, size: int) -> int:
-    """`density` of `size` weights, rounded to the nearest. Raises `UserError` outside (0, 1]."""
-    if not 0 < density <= 1:
-        raise UserError(f"density = {density}: must be above 0 and at most 1")
-    return math.floor(exact(density) * size + Fraction(1, 2))
 
 
 def keep_top(scores: Mapping[str, Tensor], density: float, scope: Scope = "global") -> Masks:
@@ -100,21 +96,24 @@ def prune_fraction(
     return keep_counts(scores, counts, masks, ranks)
 
 
+def random_masks(shapes: Shapes, counts: Mapping[str, int], seed: int) -> Masks:
+    """Masks of `counts[name]` weights of each layer at random places; equal on every machine."""
+    masks: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        flat = torch.zeros(size, dtype=torch.bool)
+        places = random_permutation(stream_seed(seed, name), size)[: counts[name]]
+        flat[torch.from_numpy(places)] = True
+        masks[name] = flat.view(shape)
+    return Masks(masks)
+
+
 def shuffle_layers(masks: Masks, seed: int) -> Masks:
     """Each layer keeps as many weights as before, at random places; equal on every machine."""
-    shuffled: dict[str, Tensor] = {}
-    for row in masks.table():
-        flat = torch.zeros(row.size, dtype=torch.bool)
-        places = random_permutation(stream_seed(seed, row.name), row.size)[: row.kept]
-        flat[torch.from_numpy(places)] = True
-        shuffled[row.name] = flat.view(row.shape).to(masks[row.name].device)
-    return Masks(shuffled)
+    shapes = {row.name: row.shape for row in masks.table()}
+    shuffled = random_masks(shapes, {row.name: row.kept for row in masks.table()}, seed)
+    return Masks({name: mask.to(masks[name].device) for name, mask in shuffled.items()})
 
 
 def _after_pruning(survivors: int, fraction: float) -> int:
     return survivors - math.ceil(exact(fraction) * survivors)
-
-
-def exact(number: float) -> Fraction:
-    """The decimal number that was written, so that 0.1 of 30 is 3 and not a little more."""
-    return Fraction(str(number))
