@@ -11,6 +11,8 @@ from pruning.connectivity_program import (
 )
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
+from pruning.initial_config import InitialConfig, foresee_initial
+from pruning.initial_program import run_initial
 from pruning.multiprize_config import (
     MULTIPRIZE_DEFAULTS,
     MultiprizeConfig,
@@ -39,5 +41,6 @@ RECIPES = {
     "imp": Recipe(ImpConfig, run_imp, foresee_imp),
     "elastic": Recipe(ElasticConfig, run_elastic, foresee_elastic),
     "multiprize": Recipe(MultiprizeConfig, run_multiprize, foresee_multiprize, MULTIPRIZE_DEFAULTS),
+    "initial": Recipe(InitialConfig, run_initial, foresee_initial),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

@@ -1,0 +1,380 @@
+"""Pruning once as stages of whole runs: each score, at init and at k, resumed and refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family import Mistake, assert_refused, run
+from killing import KILLED, killed_run
+from processes import run_ranks, tombola
+from tiny import TOML, assert_same_run, facts, ticket_facts, write_config
+from torch import nn
+
+from data.config import DataConfig
+from data.loader import Batch
+from data.order import stream_seed
+from data.sources import Data, Placement, open_data
+from launch.cli import run_command
+from pruning.allocate import erk, keep_count, keep_counts
+from pruning.masks import Masks, prunable
+from pruning.n_of_m import Pattern
+from pruning.scores import grasp, magnitude, snip
+from pruning.synflow import synflow_masks
+from pruning.tickets import Ticket
+from train.models import ModelSpec
+from train.safe_dcp import read_tensors
+
+BASE = TOML[: TOML.index("[[stages]]")].replace("3ep", "2ep")
+"""two epochs of 13 steps"""
+SCORES = ("magnitude", "snip", "grasp", "synflow", "random")
+
+
+BY_LAYER = 'density = 0.2\ndensities = "erk"\n'
+PATTERN = 'pattern = "2:4"\nmisfits = "dense"\n'
+AT_K = 'density = [0.1, 0.5]\nat = "5it"\n'
+
+
+def stage(score: str, options: str = BY_LAYER, name: str = "init") -> str:
+    head = f'[[stages]]\nname = "{name}"\nrecipe = "initial"\nscore = "{score}"\n'
+    return head + ("iterations = 10\n" if score == "synflow" else "") + options
+
+
+def network(ticket: Ticket) -> nn.Module:
+    """The network with the weights that a ticket starts from, not masked."""
+    model = ticket.model.build()
+    model.load_state_dict(ticket.weights())
+    return model
+
+
+def digits() -> Data:
+    return open_data(DataConfig(batch_size=96), Placement(torch.device("cpu")))
+
+
+def ten_of_each_class(data: Data) -> Batch:
+    """The first ten training images of each class, in the order of the recipe's stream."""
+    images: list[torch.Tensor] = []
+    labels: list[int] = []
+    for batch in data.loader(stream_seed(3, "initial", "images")):
+        for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+            if labels.count(label) < 10:
+                images.append(image)
+                labels.append(label)
+        if len(labels) == 100:
+            return Batch(torch.stack(images), torch.tensor(labels))
+    raise AssertionError("a loader ends")
+
+
+def expected_masks(score: str, ticket: Ticket, counts: dict[str, int]) -> Masks | None:
+    """By the functions themselves; `None` for random ones."""
+    model, data = network(ticket), digits()
+    if score == "magnitude":
+        return keep_counts(magnitude(model), counts)
+    if score == "snip":
+        batch = next(iter(data.loader(stream_seed(3, "initial", "images"))))
+        return keep_counts(snip(model, [batch]), counts)
+    if score == "grasp":
+        batch = ten_of_each_class(data)
+        parts = zip(batch.images.tensor_split(2), batch.labels.tensor_split(2), strict=True)
+        return keep_counts(grasp(model, [Batch(*part) for part in parts]), counts)
+    if score == "synflow":
+        return synflow_masks(model, data.image_shape, counts, iterations=10)
+    return None
+
+
+# ---- what a stage makes
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_each_score_makes_a_ticket_of_the_initial_weights(score: str, tmp_path: Path) -> None:
+    """With ERK's counts in each layer, chosen by the score, named by it, trained from step 0."""
+    ticket = Ticket.load(run(tmp_path, BASE + stage(score)) / "init/level-00")
+    assert (ticket.method, ticket.level, ticket.step, ticket.control) == (score, 0, 0, False)
+    assert (ticket.timing["steps"], ticket.timing["search_steps"]) == (26, 0)
+    weights = ticket.weights()
+    fresh = ticket.model.build(stream_seed(3, "init")).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in fresh.items())
+    shapes = {row.name: row.shape for row in ticket.masks.table()}
+    counts = {row.name: row.kept for row in ticket.masks.table()}
+    assert counts == erk(shapes, 0.2)
+    expected = expected_masks(score, ticket, counts)
+    if expected is not None:
+        assert ticket.masks == expected
+    assert 0 < ticket.metrics["test"]["accuracy"] <= 1
+
+
+@pytest.fixture(scope="module")
+def at_k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two densities of weights that were trained for five steps, and their controls."""
+    text = BASE + stage("magnitude", AT_K + 'controls = ["random"]\n')
+    return run(tmp_path_factory.mktemp("at_k"), text)
+
+
+def test_at_step_k_the_dense_network_is_trained_up_to_there_once(at_k: Path) -> None:
+    """What is stored are its weights at k; tickets count its steps as those of their search."""
+    dense = read_tensors(str(at_k / "init/dense/checkpoints/step-00000005"), is_local=True)
+    for name in ("level-00", "level-00-random", "level-01", "level-01-random"):
+        ticket = Ticket.load(at_k / f"init/{name}")
+        assert ticket.step == 5
+        assert (ticket.timing["steps"], ticket.timing["search_steps"]) == (21, 5)
+        for weight, value in ticket.weights().items():
+            assert torch.equal(value, dense[f"model/{weight}"]), weight
+    assert not (at_k / "init/dense/ticket.json").exists()
+    steps = {(f["level"], f["step"]) for f in facts(at_k) if f["event"] == "train"}
+    assert ("dense", 5) in steps
+    assert min(step for level, step in steps if level != "dense") > 5
+
+
+def test_the_densities_go_from_the_largest_on_and_rank_the_weights_at_k(at_k: Path) -> None:
+    """Over all layers; the second is part of the first."""
+    for level, density in enumerate((0.5, 0.1)):
+        ticket = Ticket.load(at_k / f"init/level-0{level}")
+        count = int(density * ticket.masks.size + 0.5)
+        assert ticket.masks == keep_count(magnitude(network(ticket)), count)
+    first, second = (Ticket.load(at_k / f"init/level-0{level}").masks for level in (0, 1))
+    assert (first & second) == second
+
+
+def test_a_control_has_as_many_weights_in_each_layer(at_k: Path) -> None:
+    ticket, control = (Ticket.load(at_k / f"init/level-01{end}") for end in ("", "-random"))
+    assert control.control
+    assert control.parent == ticket.id
+    assert control.masks.table() == ticket.masks.table()
+    assert control.masks != ticket.masks
+
+
+@pytest.mark.parametrize("score", ["snip", "synflow", "random"])
+def test_a_pattern_holds_in_the_finished_network(score: str, tmp_path: Path) -> None:
+    """2:4 along the inputs of every layer that has whole groups, of the control too."""
+    controls = "" if score == "random" else 'controls = ["random"]\n'
+    folder = run(tmp_path, BASE + stage(score, PATTERN + controls).replace("iterations = 10\n", ""))
+    names = ["level-00"] if score == "random" else ["level-00", "level-00-random"]
+    for name in names:
+        masks = Ticket.load(folder / f"init/{name}").masks
+        assert bool(masks["conv1.weight"].all())  # of one channel
+        for row in masks.table()[1:]:
+            groups = masks[row.name].movedim(1, -1).reshape(-1, 4)
+            assert bool((groups.sum(1) == 2).all()), row.name
+        shapes = {row.name: row.shape for row in masks.table()}
+        assert {r.name: r.kept for r in masks.table()} == Pattern(2, 4).counts(shapes)
+
+
+def test_a_density_of_one_is_the_dense_network(tmp_path: Path) -> None:
+    """Beside the others, without any score; excluded layers have no mask."""
+    text = BASE + stage("grasp", 'density = [1.0, 0.3]\nexclude = ["fc"]\n')
+    folder = run(tmp_path, text)
+    assert Ticket.load(folder / "init/level-00").density == 1
+    assert "fc.weight" not in Ticket.load(folder / "init/level-01").masks
+
+
+def test_synflow_is_the_same_under_mixed_precision(tmp_path: Path) -> None:
+    """It is computed in float64, whatever the training computes in."""
+    digests = set()
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        text = BASE.replace("2ep", "2it") + stage("synflow", "density = 0.05\n")
+        ticket = Ticket.load(run(folder, text, "--train.precision", precision) / "init/level-00")
+        digests.add(ticket.masks.digest())
+    assert len(digests) == 1
+
+
+def test_another_stage_takes_the_tickets(tmp_path: Path) -> None:
+    """A SNIP ticket is stretched to a deeper network, from its weights at k."""
+    deeper = (
+        '[[stages]]\nname = "deeper"\nrecipe = "elastic"\nticket = "init"\nlevels = [1]\n'
+        'model.name = "cifar_resnet20"\n'
+    )
+    text = BASE.replace("resnet8", "resnet14") + stage("snip", AT_K) + deeper
+    folder = run(tmp_path, text)
+    source, ticket = (Ticket.load(folder / f"{name}/level-01") for name in ("init", "deeper"))
+    assert (ticket.parent, ticket.step) == (source.id, 5)
+    assert ticket.timing["search_steps"] == 26
+
+
+# ---- resumed, and on several ranks
+
+
+@pytest.mark.parametrize(
+    ("score", "point", "count"),
+    [
+        ("grasp", "a step", 3),  # of the dense training
+        ("snip", "a save, before its manifest", 1),  # its last step
+        ("synflow", "a step", 12),  # of the first ticket
+        ("random", "the end of a level, before its ticket", 1),
+        ("snip", "two levels", 1),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    score: str, point: str, count: int, tmp_path: Path
+) -> None:
+    """Weights, masks, metrics and tickets are those of the uninterrupted run."""
+    options = AT_K + 'densities = "balanced"\n'
+    text = BASE.replace("2ep", "16it") + stage(score, options)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    words = ["run", write_config(killed, text), "--root", str(killed)]
+    assert run_ranks(1, killed_run, words, point, count) == [KILLED]
+    assert tombola(*words) == [0]
+    assert_same_run(killed / "tiny", run(whole, text))
+
+
+def test_a_finished_run_does_nothing(at_k: Path) -> None:
+    before = (at_k / "metrics.jsonl").read_bytes(), ticket_facts(at_k)
+    run(at_k.parent, (at_k.parent / "tiny.toml").read_text())
+    assert ((at_k / "metrics.jsonl").read_bytes(), ticket_facts(at_k)) == before
+
+
+def test_a_dense_training_that_is_gone_is_done_again(tmp_path: Path) -> None:
+    """Where a level needs its weights; the levels that are finished stay."""
+    text = BASE.replace("2ep", "16it") + stage("magnitude", AT_K)
+    folder = run(tmp_path, text)
+    before = ticket_facts(folder)
+    shutil.rmtree(folder / "init/dense")
+    shutil.rmtree(folder / "init/level-01")
+    assert ticket_facts(run(tmp_path, text)) == before
+
+
+def test_one_and_two_ranks_choose_the_same_masks(tmp_path: Path) -> None:
+    """With a normalisation that does not depend on the batch; killed on two, they go on."""
+    base = BASE.replace("width = 4", 'width = 8\nnorm = "group"').replace("2ep", "3it")
+    text = base + "".join(
+        stage(score, 'density = 0.3\ndensities = "erk"\n', score) for score in SCORES
+    )
+    text = text.replace('score = "snip"\n', 'score = "snip"\nnum_batches = 2\n')
+    digests: list[dict[str, str]] = []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        words = ["run", write_config(folder, text), "--root", str(folder)]
+        if world_size == 2:
+            assert run_ranks(2, killed_run, words, "a step", 8) == [KILLED] * 2
+        assert tombola(*words, world_size=world_size) == [0] * world_size
+        places = {score: folder / f"tiny/{score}/level-00" for score in SCORES}
+        digests.append({name: Ticket.load(p).masks.digest() for name, p in places.items()})
+    assert digests[0] == digests[1]
+    assert len(set(digests[0].values())) == len(SCORES)
+
+
+# ---- mistakes
+
+
+MISTAKES: list[Mistake] = [
+    (stage("snpi"), (), "score = 'snpi': is not known; did you mean 'snip'?"),
+    (stage("snip", ""), (), "density: give at least one, or a pattern"),
+    (stage("snip", "density = 1.5\n"), (), "density = '1.5': must be above 0 and at most 1"),
+    (stage("snip", "density = [0.5, 0.5]\n"), (), "give each once"),
+    (stage("random", "density = 0.5\n"), (), "choose uniform, erk or balanced"),
+    (stage("snip", 'density = 0.5\nmisfits = "dense"\n'), (), "misfits = 'dense': needs a pattern"),
+    (stage("snip", 'pattern = "4:2"\n'), (), "pattern = '4:2': is no pattern: write '2:4'"),
+    (stage("snip", 'pattern = "2:4"\ndensity = 0.5\n'), (), "leave out density and densities"),
+    (stage("snip", 'pattern = "2:4"\ndensities = "erk"\n'), (), "leave out density and densities"),
+    (
+        stage("snip", 'pattern = "2:4"\n') + "model.width = 6\n",
+        (),
+        "stages.0.0.conv1.weight of (6, 6, 3, 3) has 6 inputs, not a multiple of 4: exclude it",
+    ),
+    (stage("snip", 'density = 0.5\nexclude = ["fcc"]\n'), (), "exclude = 'fcc' matches no"),
+    (stage("snip", 'density = 0.5\nat = "5"\n'), (), "at = '5': is not a duration"),
+    (
+        stage("snip", "density = 0.5\nnum_batches = 0\n"),
+        (),
+        "num_batches = '0': must be at least 1",
+    ),
+    (stage("grasp", "density = 0.5\nnum_batches = 2\n"), (), "score = 'grasp' has no use for it"),
+    (stage("snip", "density = 0.5\niterations = 9\n"), (), "score = 'snip' has no use for it"),
+    (
+        stage("random", 'density = 0.5\ndensities = "erk"\ncontrols = ["random"]\n'),
+        (),
+        "the tickets are random themselves",
+    ),
+    (
+        stage("snip").replace("snip", "magnitude") + "samples_per_class = 3\n",
+        (),
+        "samples_per_class = '3': score = 'magnitude' has no use for it",
+    ),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=range(len(MISTAKES)))
+def test_a_mistake_is_one_clear_line(
+    mistake: Mistake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """... before anything is trained or written."""
+    assert_refused(mistake, tmp_path, capsys, base=BASE)
+
+
+TOLD_BY_THE_DATA: dict[str, tuple[str, str]] = {
+    "density": (
+        stage("snip", 'density = 0.0005\ndensities = "uniform"\nat = "5it"\n'),
+        "stages.init: density = 0.0005 keeps none of the 36 weights of conv1.weight",
+    ),
+    "global density": (
+        stage("snip", 'density = 1e-9\nat = "5it"\n'),
+        "stages.init: density = 1e-09 keeps none of",
+    ),
+    "at": (
+        stage("snip", 'density = 0.5\nat = "2ep"\n'),
+        "stages.init.at = '2ep' is step 26, beyond the end",
+    ),
+    "pattern": (
+        stage("snip", 'pattern = "2:4"\nat = "5it"\n'),
+        "stages.init: pattern = '2:4': conv1.weight of (4, 1, 3, 3) has 1 inputs, not a multiple",
+    ),
+    "samples": (
+        stage("grasp", 'density = 0.5\nsamples_per_class = 500\nat = "5it"\n'),
+        "stages.init: samples_per_class = 500: class '0' has ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOLD_BY_THE_DATA)
+def test_what_only_the_data_tell_is_refused_before_the_stage_is_trained(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, expected = TOLD_BY_THE_DATA[case]
+    words = ["run", write_config(tmp_path, BASE + text), "--root", str(tmp_path)]
+    assert run_command(words) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "tiny/init").exists()
+
+
+def test_an_epoch_with_too_few_images_of_a_class_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are enough, but the incomplete batch at the end is left out."""
+    fewest = min(torch.bincount(torch.cat([b.labels for b in digits().training_images()])).tolist())
+    text = BASE + stage("grasp", f"density = 0.5\nsamples_per_class = {fewest}\n")
+    options = ["--data.batch_size", "700"]
+    words = ["run", write_config(tmp_path, text), "--root", str(tmp_path), *options]
+    assert run_command(words) == 2
+    printed = capsys.readouterr().err
+    assert f"samples_per_class = {fewest}: an epoch of whole batches has only" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp", "synflow"])
+def test_scores_that_are_all_zero_are_one_line(
+    score: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """timm's ResNets begin with a gain of zero at the end of each block: no gradient passes."""
+    text = BASE + stage(score, "density = 0.5\n") + 'model.name = "resnet18"\nmodel.width = 4\n'
+    assert run_command(["run", write_config(tmp_path, text), "--root", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "all scores of layer1.0.conv1.weight are zero: no gradient reaches it" in printed
+    assert printed.count("\n") == 1
+
+
+def test_the_shapes_of_a_stage_are_those_of_its_network() -> None:
+    """What is refused beforehand is looked at without memory for weights."""
+    from pruning.initial_config import InitialConfig
+
+    outline = ModelSpec("resnet50", 1000, 3).outline()
+    config: Any = InitialConfig(density=(0.1,), densities="erk", exclude=("fc",))
+    shapes = config.shapes(outline)
+    assert list(shapes) == list(prunable(outline, ["fc"]))
+    assert sum(config.kept(shapes)[0].values()) == round(0.1 * 23_454_912)
