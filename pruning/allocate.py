@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.order import random_permutation, stream_seed
+from data.order import random_choice, stream_seed
 from pruning.densities import Shapes
 from pruning.densities import count_for as count_for
 from pruning.densities import erk as erk
@@ -97,12 +97,14 @@ def prune_fraction(
 
 
 def random_masks(shapes: Shapes, counts: Mapping[str, int], seed: int) -> Masks:
-    """Masks of `counts[name]` weights of each layer at random places; equal on every machine."""
+    """Masks of `counts[name]` weights of each layer at random places; equal on every machine.
+
+    With the same seed, fewer weights are a part of more.
+    """
     masks: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        size = math.prod(shape)
-        flat = torch.zeros(size, dtype=torch.bool)
-        places = random_permutation(stream_seed(seed, name), size)[: counts[name]]
+        flat = torch.zeros(math.prod(shape), dtype=torch.bool)
+        places = random_choice(stream_seed(seed, name), len(flat), counts[name])
         flat[torch.from_numpy(places)] = True
         masks[name] = flat.view(shape)
     return Masks(masks)

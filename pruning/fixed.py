@@ -20,15 +20,20 @@ class FixedMasks:
 
     def __init__(self, masks: Masks, model: nn.Module, optimizer: Optimizer) -> None:
         masks.project_(model)
+        self._optimizer = optimizer
+        self._named = dict(model.named_parameters())
+        self._hold(masks)
+
+    @torch.no_grad()
+    def _hold(self, masks: Masks) -> None:
+        """Keeps to these masks from now on; moves nothing by itself."""
         self.masks = masks
         self.density = masks.density
         self._digest = masks.digest()
-        self._optimizer = optimizer
-        named = dict(model.named_parameters())
         # Factors of 0 and 1 in the layout of each weight, where anything is pruned at all: one
         # fused multiplication for all layers, and none for a dense network.
         self._factors = {
-            named[name]: torch.empty_like(named[name]).copy_(mask)
+            self._named[name]: torch.empty_like(self._named[name]).copy_(mask)
             for name, mask in masks.items()
             if not bool(mask.all())
         }

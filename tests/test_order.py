@@ -9,6 +9,7 @@ from data.errors import UserError
 from data.order import (
     SampleOrder,
     random_bits,
+    random_choice,
     random_permutation,
     sample_uniforms,
     shard,
@@ -63,6 +64,18 @@ def test_the_permutation_is_pinned_for_ever() -> None:
     assert order.permutation(1).tolist() == [8, 2, 3, 7, 1, 5, 4, 9, 0, 6]
     assert SampleOrder(10, 4, seed=1).permutation(0).tolist() == [7, 3, 1, 9, 2, 8, 4, 6, 0, 5]
     assert order.permutation(0).tolist() == [2, 9, 3, 7, 4, 0, 6, 5, 8, 1]  # after another epoch
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 0), (10, 3), (10, 10), (1000, 1), (1000, 411)])
+def test_a_choice_is_the_beginning_of_the_permutation(size: int, count: int) -> None:
+    """Without a sort of all, and in ascending order."""
+    expected = sorted(random_permutation(7, size)[:count].tolist())
+    assert random_choice(7, size, count).tolist() == expected
+
+
+def test_more_than_there_are_cannot_be_chosen() -> None:
+    with pytest.raises(ValueError, match="cannot choose 11 of 10"):
+        random_choice(0, 10, 11)
 
 
 def test_a_batch_is_a_pinned_slice_of_the_permutation() -> None:
