@@ -14,7 +14,11 @@ _NAMES = {
     "imp": "winning tickets",
     "elastic": "elastic tickets",
     "multiprize": "multi-prize tickets",
+    "set": "SET",
+    "rigl": "RigL",
+    "gmp": "gradual magnitude pruning",
     "random": "random masks",
+    "static": "masks that stay",
 }
 _STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 

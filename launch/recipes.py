@@ -9,6 +9,8 @@ from pruning.connectivity_program import (
     foresee_connectivity,
     run_connectivity,
 )
+from pruning.dynamic_config import DynamicConfig, foresee_dynamic
+from pruning.dynamic_program import run_dynamic
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
 from pruning.initial_config import InitialConfig, foresee_initial
@@ -42,5 +44,6 @@ RECIPES = {
     "elastic": Recipe(ElasticConfig, run_elastic, foresee_elastic),
     "multiprize": Recipe(MultiprizeConfig, run_multiprize, foresee_multiprize, MULTIPRIZE_DEFAULTS),
     "initial": Recipe(InitialConfig, run_initial, foresee_initial),
+    "dynamic": Recipe(DynamicConfig, run_dynamic, foresee_dynamic),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

@@ -187,7 +187,7 @@ class RigL(_Rewired):
     def before_update(self, step: int) -> bool:
         """Rewires by the dense gradients, and vetoes the step, where that is due; masks them."""
         put_off = self._put_off and step < self._rewiring.until
-        due = self._rewiring.is_due(step) or put_off
+        due = bool(self._kept) and (self._rewiring.is_due(step) or put_off)
         self._put_off = due and not self._all_finite()
         if not due or self._put_off:
             return super().before_update(step)

@@ -136,7 +136,7 @@ def _describe(
     weights: StoredWeights | SignedWeights | None,
 ) -> Ticket:
     """The ticket of a training that has ended; its objects are stored."""
-    parent = arm.parent
+    parent, facts = arm.parent, outcome.sparsity.facts()
     ticket = Ticket(
         method=arm.method,
         level=arm.level,
@@ -148,7 +148,10 @@ def _describe(
         parent=None if parent is None else parent.id,
         lineage=() if parent is None else (parent.as_ancestor(), *parent.lineage),
         config={**arm.config, "settings": _settings(session, arm)},
-        metrics={split: asdict(result) for split, result in outcome.evaluations.items()},
+        metrics={
+            **{split: asdict(result) for split, result in outcome.evaluations.items()},
+            **({"sparsity": facts} if facts else {}),
+        },
         timing={
             "images_per_second": session.recorder.images_per_second(arm.stage, arm.name),
             "steps": float(arm.stop - arm.first_step),
@@ -172,7 +175,9 @@ def _settings(session: Session, arm: Arm) -> dict[str, Any]:
 
 def _line(ticket: Ticket) -> str:
     accuracy = "  ".join(
-        f"{split} accuracy {values['accuracy']:.4f}" for split, values in ticket.metrics.items()
+        f"{split} accuracy {values['accuracy']:.4f}"
+        for split, values in ticket.metrics.items()
+        if "accuracy" in values
     )
     rate = ticket.timing["images_per_second"]
     name = f"{ticket.stage}/{ticket.name}"

@@ -266,6 +266,14 @@ def test_a_dense_layer_and_a_share_of_nothing_stay() -> None:
         assert bench.mask == mask
 
 
+def test_a_dense_network_loses_no_step_to_rigl() -> None:
+    """Where no layer is pruned nothing is rewired, and nothing vetoed."""
+    bench = Bench(START).under(RigL, "11111111", rewiring=EVERY_2)
+    for step in range(1, 5):
+        bench.step([1.0, *NOTHING[1:]])
+        assert bench.momentum[0] == pytest.approx(sum(0.9**k for k in range(step)))
+
+
 def test_more_active_than_inactive_weights_can_be_moved() -> None:
     """Seven of eight: three go, and three of the four that are not kept grow."""
     bench = Bench(START).under(RigL, "11111110", rewiring=Rewiring(1, 0.5, 1000))
@@ -465,6 +473,18 @@ def test_a_state_comes_back_whole(kind: str) -> None:
         runs.append((model.state_dict(), sparsity.masks.digest(), sparsity.facts()))
     assert runs[0][1:] == runs[1][1:]
     assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
+
+
+def test_a_change_that_is_put_off_outlives_a_checkpoint() -> None:
+    """It comes in the first step after the resume, though that is none on which one is due."""
+    bench = Bench(START).under(RigL, "11110000", rewiring=Rewiring(2, 0.6, 1000))
+    bench.weight.grad = torch.full((1, 8), math.inf)
+    assert bench.sparsity.before_update(2)
+    resumed = Bench(START).under(RigL, "11110000", rewiring=Rewiring(2, 0.6, 1000))
+    resumed.sparsity.load_state_dict(bench.sparsity.state_dict())
+    resumed.weight.grad = torch.ones(1, 8)
+    assert not resumed.sparsity.before_update(3)
+    assert resumed.sparsity.before_update(5)
 
 
 def test_damaged_masks_of_a_checkpoint_are_refused() -> None:
