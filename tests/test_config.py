@@ -66,6 +66,17 @@ def test_the_imagenet_configuration_is_the_papers_recipe() -> None:
     assert (1 - stage.config.prune_fraction) ** stage.config.num_rounds == pytest.approx(0.262144)
 
 
+def test_the_rigl_configuration_is_the_papers_recipe() -> None:
+    """Batch 4096, 32,000 steps, lr 1.6 with Nesterov; ERK, dT 100, alpha 0.3, T_end 25,000."""
+    config = read_config(str(CONFIGS[-1].parent / "imagenet-resnet50-rigl.toml"))
+    settings, stage = config.settings, config.stages[0].config
+    assert (settings.data.batch_size, settings.train.total) == (4096, "32000it")
+    assert (settings.optimizer.name, settings.optimizer.lr) == ("sgd", 1.6)
+    assert settings.schedule.milestones == ("30ep", "70ep", "90ep")
+    assert (stage.method, stage.levels, stage.layer_densities) == ("rigl", (0.2,), "erk")
+    assert (stage.interval, stage.moved, stage.end) == ("100it", 0.3, "25000it")
+
+
 def test_the_last_word_wins(tmp_path: Path) -> None:
     """File, then command line, in any of its spellings."""
     words = ["--train.total", "4ep", "--train.total=7ep", "--optimizer.weight-decay", "0"]
