@@ -71,6 +71,7 @@ def grasp(
     signed S, so that what is returned is -S: higher is kept. g and H are of the mean
     cross-entropy with logits / `temperature`, over the prunable weights and the batches of all
     ranks, which are gone through twice; else as `snip`, and with the same dropout in both passes.
+    Raises `UserError` also for a network that has no second derivatives.
     """
     weights, batches = prunable(model, exclude), list(batches)
     with undisturbed(model, training=True):
@@ -81,7 +82,7 @@ def grasp(
             loss = _loss_sum(model, batch, temperature)
             own = _derivatives(loss, weights.values(), create_graph=True)
             dots = [(g * gradient[name]).sum() for name, g in zip(weights, own, strict=True)]
-            second = _derivatives(torch.stack(dots).sum(), weights.values())
+            second = _second(torch.stack(dots).sum(), weights.values())
             for total, product in zip(products.values(), second, strict=True):
                 total += product
     return {
@@ -129,6 +130,19 @@ def _derivatives(
     return torch.autograd.grad(
         value, list(weights), create_graph=create_graph, materialize_grads=True
     )
+
+
+def _second(value: Tensor, weights: Iterable[nn.Parameter]) -> Sequence[Tensor]:
+    """Raises `UserError` for a network whose gradients have no derivative in torch."""
+    try:
+        return _derivatives(value, weights)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"GraSP: the network has no second derivative ({reason}); take another score or model"
+        ) from None
 
 
 SCORES: dict[str, Score] = {

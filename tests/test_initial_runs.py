@@ -221,6 +221,22 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same_run(killed / "tiny", run(whole, text))
 
 
+def test_dropout_in_a_score_is_the_same_in_another_attempt(tmp_path: Path) -> None:
+    """Killed behind the first ticket: the second is of the scores that chose the first."""
+    model = 'model.name = "resnet18"\nmodel.width = 4\nmodel.drop_rate = 0.5\n'
+    text = BASE.replace("2ep", "8it") + stage("snip", AT_K) + model
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+        words = ["run", write_config(folder, text), "--root", str(folder)]
+        if folder.name == "killed":
+            assert run_ranks(1, killed_run, words, "two levels", 1) == [KILLED]
+        assert tombola(*words) == [0]
+    assert_same_run(folders[1] / "tiny", folders[0] / "tiny")
+    masks = [Ticket.load(folders[1] / f"tiny/init/level-0{level}").masks for level in (0, 1)]
+    assert (masks[0] & masks[1]) == masks[1]
+
+
 def test_a_finished_run_does_nothing(at_k: Path) -> None:
     before = (at_k / "metrics.jsonl").read_bytes(), ticket_facts(at_k)
     run(at_k.parent, (at_k.parent / "tiny.toml").read_text())

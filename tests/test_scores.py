@@ -233,6 +233,13 @@ def test_grasp_takes_fused_attention_and_compiled_networks() -> None:
     assert all(torch.equal(score, expected[name]) for name, score in scores.items())
 
 
+def test_a_network_without_second_derivatives_is_one_line() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 5))
+    with pytest.raises(UserError, match="GraSP: the network has no second derivative") as caught:
+        grasp(model, [Batch(torch.rand(2, 3), torch.tensor([0, 1]))])
+    assert "\n" not in str(caught.value)
+
+
 # ---- SynFlow
 
 
