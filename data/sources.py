@@ -28,8 +28,17 @@ _MOST_EVALUATED = 256  # decoded images wait in memory, several batches of them
 
 
 class MakeLoader(Protocol):
-    def __call__(self, seed: int, size_of_epoch: SizeOfEpoch | None = None) -> Loader:
-        """A loader of a random stream; image files get the size that an epoch has."""
+    def __call__(
+        self,
+        seed: int,
+        size_of_epoch: SizeOfEpoch | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Loader:
+        """A loader of a random stream; image files get the size that an epoch has.
+
+        Its global batches are those of the configuration, or of `batch_size` images.
+        """
         ...
 
 
@@ -147,11 +156,13 @@ def _open_arrays(config: DataConfig, arrays: ImageArrays, place: Placement) -> D
     images, labels = resident(arrays.train)
     augmenter = Augmenter(images, arrays.augmentation if config.augment else Augmentation())
 
-    def loader(seed: int, size_of_epoch: SizeOfEpoch | None = None) -> MemoryLoader:
+    def loader(
+        seed: int, size_of_epoch: SizeOfEpoch | None = None, *, batch_size: int | None = None
+    ) -> MemoryLoader:
         return MemoryLoader(
             augmenter,
             labels,
-            batch_size=config.batch_size,
+            batch_size=batch_size or config.batch_size,
             seed=seed,
             rank=place.rank,
             world_size=place.world_size,
@@ -200,12 +211,14 @@ def _open_files(config: DataConfig, catalogue: Catalogue, place: Placement) -> D
     dtype = place.dtype if place.device.type == "cuda" else torch.float32
     ranks = {"rank": place.rank, "world_size": place.world_size}
 
-    def loader(seed: int, size_of_epoch: SizeOfEpoch | None = None) -> FileLoader:
+    def loader(
+        seed: int, size_of_epoch: SizeOfEpoch | None = None, *, batch_size: int | None = None
+    ) -> FileLoader:
         return FileLoader(
             train,
             _decoding(config, train.manifest, place, dtype),
             TrainingView(config.augment, config.min_crop, config.color_jitter),
-            order=SampleOrder(len(train.manifest), config.batch_size, seed),
+            order=SampleOrder(len(train.manifest), batch_size or config.batch_size, seed),
             size_of_epoch=size_of_epoch or (lambda epoch: sizes[-1]),
             dtype=dtype,
             on_bad=config.on_bad,

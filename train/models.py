@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -148,6 +149,21 @@ def _check_blocks(blocks: Any) -> None:
     if not whole or not blocks or not 1 <= min(blocks) <= max(blocks) <= _MOST_BLOCKS:
         shown = f"{blocks!r:.40}"
         raise ValueError(f"blocks = {shown}: must be from 1 to {_MOST_BLOCKS} in each stage")
+
+
+def require_shapes(model: nn.Module, name: str, shapes: Iterable[tuple[int, int, int]]) -> None:
+    """Raises `UserError` where a model in evaluation mode does not take images of a shape."""
+    device = next(model.parameters()).device
+    for shape in shapes:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(2, *shape, device=device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"model.name = {name!r} does not take images of {'x'.join(map(str, shape))}: "
+                f"{reason}"
+            ) from None
 
 
 def shaped_by(spec: ModelSpec, option: str) -> frozenset[str]:

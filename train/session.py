@@ -7,10 +7,10 @@ was interrupted goes on from the newest valid one.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,9 +30,9 @@ from train.evaluate import Evaluation, evaluate
 from train.instruments import Instruments
 from train.loop import Plan, fit
 from train.metrics import Recorder
-from train.models import ModelSpec
+from train.models import ModelSpec, require_shapes
 from train.objective import Objective
-from train.optim import build_optimizer, load_optimizer_state
+from train.optim import OptimizerConfig, build_optimizer, load_optimizer_state
 from train.progress import Display
 from train.rng import seed_everything
 from train.schedule import Schedule, build_schedule
@@ -57,6 +57,12 @@ class Phase:
     """which random stream orders and augments the data: another for each training"""
     keep: frozenset[int] = frozenset()
     """steps whose checkpoints stay; the last one's always does"""
+    optimizer: OptimizerConfig | None = None
+    """of this training (default: the session's)"""
+    batch_size: int | None = None
+    """of this training's global batches (default: `data.batch_size`)"""
+    averaged: bool = True
+    """whether the moving average of `train.ema` is kept and measured, where there is one"""
 
     @property
     def name(self) -> str:
@@ -105,13 +111,8 @@ class Session:
         for key, text in lengths.items():
             if self.steps(text) < 1:
                 raise UserError(f"{key} = {text!r}: is less than one step")
-        self._size_of_epoch(0)
-        mixes = self.settings.train.mixup or self.settings.train.cutmix
-        if mixes and self.settings.data.batch_size % (2 * self.engine.world_size):
-            raise UserError(
-                f"data.batch_size = {self.settings.data.batch_size}: train.mixup and train.cutmix "
-                f"pair the images of each rank: choose a multiple of {2 * self.engine.world_size}"
-            )
+        self._size_of_epoch()(0)
+        self.require_batch_size("data.batch_size", self.settings.data.batch_size)
 
     def _open_data(self) -> None:
         config, engine = self.settings.data, self.engine
@@ -129,9 +130,37 @@ class Session:
 
     # Lengths and networks ----------------------------------------------------------------
 
-    def steps(self, text: str) -> int:
-        """A duration in optimizer steps of this session's data and length."""
-        return Duration.parse(text).steps(self.data.steps_per_epoch, self.total_steps)
+    def steps(self, text: str, *, batch_size: int | None = None) -> int:
+        """A duration in optimizer steps of this session's data and length.
+
+        In steps of another `batch_size` than the training's an epoch and a share of the training
+        are as many images as in its own.
+        """
+        return Duration.parse(text).steps(*self._lengths(batch_size))
+
+    def _lengths(self, batch_size: int | None) -> tuple[int, int]:
+        """Steps of an epoch and of the training, in batches of this size."""
+        usual = self.settings.data.batch_size
+        if batch_size in (None, usual):
+            return self.data.steps_per_epoch, self.total_steps
+        steps_per_epoch = self.data.loader(0, batch_size=batch_size).steps_per_epoch
+        return steps_per_epoch, max(1, round(self.total_steps * usual / batch_size))
+
+    def require_batch_size(self, key: str, batch_size: int) -> None:
+        """Raises `UserError` for a global batch that does not fit the data or the ranks.
+
+        `key` names the option that it comes from.
+        """
+        try:
+            self.data.loader(0, batch_size=batch_size)
+        except UserError as error:
+            raise UserError(str(error).replace("data.batch_size", key, 1)) from None
+        mixes = self.settings.train.mixup or self.settings.train.cutmix
+        if mixes and batch_size % (2 * self.engine.world_size):
+            raise UserError(
+                f"{key} = {batch_size}: train.mixup and train.cutmix pair the images of each rank: "
+                f"choose a multiple of {2 * self.engine.world_size}"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -142,12 +171,10 @@ class Session:
             total_steps=self.total_steps,
         )
 
-    @property
-    def _size_of_epoch(self) -> SizeOfEpoch:
+    def _size_of_epoch(self, batch_size: int | None = None) -> SizeOfEpoch:
+        steps_per_epoch, total_steps = self._lengths(batch_size)
         return size_of_epoch(
-            self.settings.data,
-            steps_per_epoch=self.data.steps_per_epoch,
-            total_steps=self.total_steps,
+            self.settings.data, steps_per_epoch=steps_per_epoch, total_steps=total_steps
         )
 
     @property
@@ -183,22 +210,9 @@ class Session:
         model = spec.build(self.seed("init"))
         if adapt is not None:
             adapt(model)
-        self._try_shapes(model.eval(), spec.name)
+        require_shapes(model.eval(), spec.name, self.data.all_shapes)
         example = self.engine.example(self.data.image_shape, self.settings.data.batch_size)
         return self.engine.prepare(model.train(), example)
-
-    def _try_shapes(self, model: nn.Module, name: str) -> None:
-        device = next(model.parameters()).device
-        for shape in self.data.all_shapes:
-            try:
-                with torch.no_grad():
-                    model(torch.zeros(2, *shape, device=device))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(
-                    f"model.name = {name!r} does not take images of "
-                    f"{'x'.join(map(str, shape))}: {reason}"
-                ) from None
 
     def first_batches(self, num_batches: int, *labels: str | int) -> Iterator[Batch]:
         """This rank's shares of the first global batches of a stream, cut into micro-batches."""
@@ -249,27 +263,35 @@ class Session:
         )
         with checkpoints:
             fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
-        evaluations = {}
-        for split, images in self.data.evaluation.items():
-            evaluations[split] = evaluate(
-                state.evaluated, images, self.engine, flip=self.settings.train.eval_flip
-            )
-            instruments.record_evaluation(state, split, evaluations[split])
+        evaluations = self.evaluate(state.evaluated)
+        for split, result in evaluations.items():
+            instruments.record_evaluation(state, split, result)
         self.recorder.sync()
         return Outcome(evaluations, state.sparsity)
+
+    def evaluate(self, model: nn.Module) -> dict[str, Evaluation]:
+        """What a model reaches on each split that is held out."""
+        flip = self.settings.train.eval_flip
+        return {
+            split: evaluate(model, images, self.engine, flip=flip)
+            for split, images in self.data.evaluation.items()
+        }
 
     def _begin(
         self, phase: Phase, network: Network, start: Start, make_sparsity: MakeSparsity
     ) -> TrainState:
         seed_everything(self.seed(*phase.seed_labels, "rank", self.engine.rank))
         network.module.load_state_dict(start.weights)
-        optimizer = build_optimizer(network.module, self.settings.optimizer)
+        config = phase.optimizer or self.settings.optimizer
+        optimizer = build_optimizer(network.module, config)
         if start.optimizer is not None:
             load_optimizer_state(network.module, optimizer, start.optimizer)
         sparsity = make_sparsity(network.module, optimizer)
-        loader = self.data.loader(self.seed(*phase.seed_labels), self._size_of_epoch)
+        sizes = self._size_of_epoch(phase.batch_size)
+        seed = self.seed(*phase.seed_labels)
+        loader = self.data.loader(seed, sizes, batch_size=phase.batch_size)
         loader.load_state_dict({"position": phase.start})
-        decay = self.settings.train.ema
+        decay = self.settings.train.ema if phase.averaged else None
         state = TrainState(
             network=network,
             optimizer=optimizer,
@@ -291,10 +313,11 @@ class Session:
     def _plan(self, phase: Phase) -> Plan:
         settings = self.settings
         every, save = settings.train.evaluate, settings.checkpoint.every
+        steps = partial(self.steps, batch_size=phase.batch_size)
         return Plan(
             stop=phase.stop,
             schedule=phase.schedule,
-            learning_rate=settings.optimizer.lr,
+            learning_rate=(phase.optimizer or settings.optimizer).lr,
             objective=Objective(
                 len(self.data.classes),
                 label_smoothing=settings.train.label_smoothing,
@@ -303,8 +326,8 @@ class Session:
                 seed=self.seed(*phase.seed_labels),
             ),
             log_every=settings.log.every,
-            evaluate_every=None if every is None else self.steps(every),
-            save_every=None if save is None else self.steps(save),
+            evaluate_every=None if every is None else steps(every),
+            save_every=None if save is None else steps(save),
             keep=phase.keep | {phase.stop},
             eval_flip=settings.train.eval_flip,
         )
