@@ -14,11 +14,13 @@ _NAMES = {
     "imp": "winning tickets",
     "elastic": "elastic tickets",
     "multiprize": "multi-prize tickets",
+    "dual": "dual tickets",
     "set": "SET",
     "rigl": "RigL",
     "gmp": "gradual magnitude pruning",
     "random": "random masks",
     "static": "masks that stay",
+    "budget": "random masks, trained longer",
 }
 _STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 

@@ -11,6 +11,8 @@ from pruning.connectivity_program import (
 )
 from pruning.dynamic_config import DynamicConfig, foresee_dynamic
 from pruning.dynamic_program import run_dynamic
+from pruning.dual_config import DUAL_DEFAULTS, DualConfig, foresee_dual
+from pruning.dual_program import run_dual
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
 from pruning.initial_config import InitialConfig, foresee_initial
@@ -45,5 +47,6 @@ RECIPES = {
     "multiprize": Recipe(MultiprizeConfig, run_multiprize, foresee_multiprize, MULTIPRIZE_DEFAULTS),
     "initial": Recipe(InitialConfig, run_initial, foresee_initial),
     "dynamic": Recipe(DynamicConfig, run_dynamic, foresee_dynamic),
+    "dual": Recipe(DualConfig, run_dual, foresee_dual, DUAL_DEFAULTS),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

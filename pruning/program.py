@@ -6,7 +6,7 @@ goes on from its newest checkpoint.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -49,10 +49,14 @@ class Arm:
     control: bool = False
     search_steps: int = 0
     """optimizer steps that went into finding the masks before this training"""
+    start_steps: int = 0
+    """those of them that `start` takes itself, in a phase of its own"""
     rewind_step: int = 0
     """k, which the ticket records"""
     weights: Callable[[Start], StoredWeights | SignedWeights | None] = lambda start: None
     """stores the state that the ticket starts from; called when the training is done"""
+    measured: Callable[[], Mapping[str, Mapping[str, float]]] = dict
+    """what was measured beside the end of the training, by split; called when that is done"""
     keep: frozenset[int] = frozenset()
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -72,7 +76,7 @@ def train_ticket(session: Session, tickets: TicketFolder, network: Network, arm:
     with _remedy(tickets, arm.stage, arm.name):
         finished = engine.on_main(lambda: tickets.find(arm.stage, arm.name))
     if finished is not None:
-        session.display.skip(arm.stop - arm.first_step)
+        session.display.skip(arm.start_steps + arm.stop - arm.first_step)
         return finished
     start = arm.start()  # first: where it is missing, nothing is begun
     chosen = Masks({}) if arm.masks is None else _chosen(tickets, arm, arm.masks, engine)
@@ -136,7 +140,7 @@ def _describe(
     weights: StoredWeights | SignedWeights | None,
 ) -> Ticket:
     """The ticket of a training that has ended; its objects are stored."""
-    parent, facts = arm.parent, outcome.sparsity.facts()
+    parent = arm.parent
     ticket = Ticket(
         method=arm.method,
         level=arm.level,
@@ -148,10 +152,7 @@ def _describe(
         parent=None if parent is None else parent.id,
         lineage=() if parent is None else (parent.as_ancestor(), *parent.lineage),
         config={**arm.config, "settings": _settings(session, arm)},
-        metrics={
-            **{split: asdict(result) for split, result in outcome.evaluations.items()},
-            **({"sparsity": facts} if facts else {}),
-        },
+        metrics=_metrics(outcome, arm),
         timing={
             "images_per_second": session.recorder.images_per_second(arm.stage, arm.name),
             "steps": float(arm.stop - arm.first_step),
@@ -163,6 +164,16 @@ def _describe(
         objects=tickets.objects,
     )
     return ticket.hold(masks)
+
+
+def _metrics(outcome: Outcome, arm: Arm) -> dict[str, dict[str, float]]:
+    """What is known of each split, at the end of the training and besides; and of the sparsity."""
+    measured, facts = arm.measured(), outcome.sparsity.facts()
+    metrics = {
+        split: {**asdict(result), **measured.get(split, {})}
+        for split, result in outcome.evaluations.items()
+    }
+    return {**metrics, "sparsity": facts} if facts else metrics
 
 
 def _settings(session: Session, arm: Arm) -> dict[str, Any]:

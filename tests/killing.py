@@ -21,7 +21,7 @@ def killed_run(words: list[str], point: str, count: int) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystem
 
     from data.files import Folder, Journal
-    from pruning import connectivity, connectivity_program
+    from pruning import connectivity, connectivity_program, dual_program
     from pruning.store import TicketFolder
     from train import checkpoint
     from train.engine import Engine
@@ -117,6 +117,8 @@ def killed_run(words: list[str], point: str, count: int) -> None:
         after(connectivity_program._Connectivity, "_record")
     elif point == "a line, after its result":
         after(connectivity_program, "write_result")
+    elif point == "a transformation, before its training":
+        after(dual_program._Dual, "_transformed")
     elif point == "two levels":
         after(TicketFolder, "write")
     command(words)
