@@ -9,10 +9,10 @@ from pruning.connectivity_program import (
     foresee_connectivity,
     run_connectivity,
 )
-from pruning.dynamic_config import DynamicConfig, foresee_dynamic
-from pruning.dynamic_program import run_dynamic
 from pruning.dual_config import DUAL_DEFAULTS, DualConfig, foresee_dual
 from pruning.dual_program import run_dual
+from pruning.dynamic_config import DynamicConfig, foresee_dynamic
+from pruning.dynamic_program import run_dynamic
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
 from pruning.initial_config import InitialConfig, foresee_initial
