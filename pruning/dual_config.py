@@ -10,6 +10,7 @@ from typing import Literal
 from data.errors import UserError
 from pruning.dual import Curve, Cycles, Pick, Ramp
 from pruning.masks import prunable
+from pruning.options import check_densities, densest_first
 from pruning.sources import Outlook, Promise
 from train.duration import Duration, check_durations
 from train.models import ModelSpec
@@ -130,18 +131,14 @@ class DualConfig:
     the ticket after its transformation) and budget (as many steps more as that took)"""
 
     def __post_init__(self) -> None:
-        for density in self.density:
-            if not 0 < density <= 1:
-                raise ValueError(f"density = {density}: must be above 0 and at most 1")
-        if len(set(self.density)) < max(1, len(self.density)):
-            raise ValueError(f"density = {list(self.density)}: give at least one, and each once")
+        check_densities(self.density)
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"controls = {list(self.controls)}: name each once")
 
     @property
     def densities(self) -> tuple[float, ...]:
         """From the densest on: level 0 is that."""
-        return tuple(sorted(self.density, reverse=True))
+        return densest_first(self.density)
 
 
 def foresee_dual(stage: str, config: DualConfig, settings: Settings, outlook: Outlook) -> Promise:

@@ -172,17 +172,7 @@ class RigL(_Rewired):
     overflow in fp16, it is put off to the next step.
     """
 
-    def __init__(
-        self,
-        masks: Masks,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        rewiring: Rewiring,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        super().__init__(masks, model, optimizer, rewiring=rewiring, ranks=ranks)
-        self._put_off = False
+    _put_off = False
 
     def before_update(self, step: int) -> bool:
         """Rewires by the dense gradients, and vetoes the step, where that is due; masks them."""

@@ -9,6 +9,7 @@ from typing import Literal
 from data.errors import UserError
 from pruning.allocate import Scope
 from pruning.masks import prunable
+from pruning.options import check_densities, densest_first, refuse_average
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
 from train.models import ModelSpec
@@ -54,11 +55,7 @@ class DynamicConfig:
 
     def __post_init__(self) -> None:
         check_durations(self, "interval", "until", "start", "stop")
-        for density in self.density:
-            if not 0 < density <= 1:
-                raise ValueError(f"density = {density}: must be above 0 and at most 1")
-        if len(set(self.density)) < max(1, len(self.density)):
-            raise ValueError(f"density = {list(self.density)}: give at least one, and each once")
+        check_densities(self.density)
         if self.fraction is not None and not 0 < self.fraction < 1:
             raise ValueError(f"fraction = {self.fraction}: must be between 0 and 1")
         if self.initial is not None and not 0 < self.initial <= 1:
@@ -87,7 +84,7 @@ class DynamicConfig:
     @property
     def levels(self) -> tuple[float, ...]:
         """The densities from the largest on: level 0 is that."""
-        return tuple(sorted(self.density, reverse=True))
+        return densest_first(self.density)
 
     @property
     def layer_densities(self) -> Densities:
@@ -115,11 +112,7 @@ def foresee_dynamic(
     stage: str, config: DynamicConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made. Raises `UserError` for what is known to fail."""
-    if settings.train.ema is not None:
-        raise UserError(
-            f"stages.{stage}: train.ema = {settings.train.ema}: an average of weights does not "
-            "follow masks that change; leave it out"
-        )
+    refuse_average(stage, settings, "an average of weights does not follow masks that change")
     spec = ModelSpec.of(settings.model, num_classes=10, in_chans=3)
     try:
         prunable(spec.outline(), config.exclude)

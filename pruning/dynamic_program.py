@@ -7,29 +7,22 @@ the same. All see the data in the same order.
 """
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 
 from data.errors import UserError
 from pruning.allocate import count_for, random_masks
-from pruning.densities import erk, uniform
+from pruning.densities import SHARINGS
 from pruning.dynamic import SET, GradualMagnitude, RigL
 from pruning.dynamic_config import DynamicConfig
 from pruning.fixed import FixedMasks
-from pruning.masks import Masks, prunable
-from pruning.packing import Shape
+from pruning.masks import Masks, prunable_shapes
 from pruning.program import Arm, train_ticket
 from pruning.rewiring import Ramp, Rewiring
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import write_weights
 from train.session import MakeSparsity, Session, Start
-
-_DENSITIES: Mapping[str, Callable[[Mapping[str, Shape], float], dict[str, int]]] = {
-    "uniform": uniform,
-    "erk": erk,
-}
 
 
 def run_dynamic(session: Session, stage: str, config: DynamicConfig) -> list[Ticket]:
@@ -53,8 +46,7 @@ class _Dynamic:
         self.network = session.build_network()
         model = self.network.module
         try:
-            weights = prunable(model, config.exclude)
-            self._shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            self._shapes = prunable_shapes(model, config.exclude)
             self._counts = [self._count(density) for density in config.levels]
         except UserError as error:
             raise UserError(f"stages.{stage}: {session.model_spec.name}: {error}") from None
@@ -90,7 +82,7 @@ class _Dynamic:
     def _count(self, density: float) -> dict[str, int] | int:
         """How many weights of each layer are kept, or of all layers. Raises `UserError`."""
         if self.config.scope != "global":
-            return _DENSITIES[self.config.layer_densities](self._shapes, density)
+            return SHARINGS[self.config.layer_densities](self._shapes, density)
         size = sum(map(math.prod, self._shapes.values()))
         count = count_for(density, size)
         if count == 0:

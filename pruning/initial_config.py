@@ -11,8 +11,9 @@ from torch import nn
 
 from data.errors import UserError, did_you_mean
 from pruning.densities import SHARINGS, Shapes, count_for
-from pruning.masks import prunable
+from pruning.masks import prunable_shapes
 from pruning.n_of_m import Misfits, Pattern
+from pruning.options import check_densities, densest_first
 from pruning.scores import SCORES
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
@@ -74,11 +75,7 @@ class InitialConfig:
             raise ValueError("controls = 'random': the tickets are random themselves; leave it out")
 
     def _check_densities(self) -> None:
-        for density in self.density:
-            if not 0 < density <= 1:
-                raise ValueError(f"density = {density}: must be above 0 and at most 1")
-        if len(set(self.density)) < len(self.density):
-            raise ValueError(f"density = {list(self.density)}: give each once")
+        check_densities(self.density, least=0)
         if self.pattern is None:
             if not self.density:
                 raise ValueError("density: give at least one, or a pattern")
@@ -115,7 +112,7 @@ class InitialConfig:
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """The shapes of the weights that are pruned, in layer order. Raises `UserError`."""
-        return {name: tuple(w.shape) for name, w in prunable(model, self.exclude).items()}
+        return prunable_shapes(model, self.exclude)
 
     def kept(self, shapes: Shapes) -> list[Kept]:
         """What is kept, level by level. Raises `UserError` for what does not fit the layers."""
@@ -124,7 +121,7 @@ class InitialConfig:
             if self.misfits == "refuse":
                 pattern.require_fit(shapes)
             return [pattern]
-        densities = sorted(self.density, reverse=True)
+        densities = densest_first(self.density)
         if self.densities != "global":
             return [SHARINGS[self.densities](shapes, density) for density in densities]
         size = sum(map(math.prod, shapes.values()))

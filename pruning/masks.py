@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError, did_you_mean
-from pruning.packing import Packing
+from pruning.packing import Packing, Shape
 
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -146,3 +146,8 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Para
     if not weights:
         raise UserError("exclude leaves no layer to prune")
     return weights
+
+
+def prunable_shapes(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Shape]:
+    """The shapes of what `prunable` gives. Raises as it does."""
+    return {name: tuple(weight.shape) for name, weight in prunable(model, exclude).items()}

@@ -12,8 +12,9 @@ from torch import nn
 
 from data.errors import UserError
 from pruning.allocate import Scope
-from pruning.masks import prunable
+from pruning.masks import prunable_shapes
 from pruning.multiprize import Gradient, Weights, score, uncalled
+from pruning.options import check_densities, densest_first, refuse_average
 from pruning.packing import Shape
 from pruning.random_weights import Init, Scaled
 from pruning.sources import Outlook, Promise, check_levels, finished_levels
@@ -72,11 +73,8 @@ class MultiprizeConfig:
             raise ValueError(f"ticket = {self.ticket!r}: needs density = 'ticket'")
         if self.levels and self.ticket is None:
             raise ValueError(f"levels = {list(self.levels)}: needs density = 'ticket'")
-        for density in () if isinstance(self.density, str) else self.density:
-            if not 0 < density <= 1:
-                raise ValueError(f"density = {density}: must be above 0 and at most 1")
-        if self.density != "ticket" and len(set(self.densities)) < max(1, len(self.densities)):
-            raise ValueError(f"density = {list(self.densities)}: give at least one, and each once")
+        if not isinstance(self.density, str):
+            check_densities(self.density)
         if self.min_kept < 1 or (self.min_kept > 1 and self.scope != "global"):
             raise ValueError(
                 f"min_kept = {self.min_kept}: must be at least 1, and more needs scope = 'global'"
@@ -91,7 +89,7 @@ class MultiprizeConfig:
     @property
     def densities(self) -> tuple[float, ...]:
         """Those that are given as numbers, from the densest on: level 0 is that."""
-        return () if isinstance(self.density, str) else tuple(sorted(self.density, reverse=True))
+        return () if isinstance(self.density, str) else densest_first(self.density)
 
     @property
     def ramp_length(self) -> str:
@@ -139,11 +137,8 @@ def foresee_multiprize(
     stage: str, config: MultiprizeConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made. Raises `UserError` for what is known to fail."""
-    if settings.train.ema is not None:
-        raise UserError(
-            f"stages.{stage}: train.ema = {settings.train.ema}: averaged scores choose other "
-            "weights than those that were trained; leave it out"
-        )
+    reason = "averaged scores choose other weights than those that were trained"
+    refuse_average(stage, settings, reason)
     spec = ModelSpec.of(settings.model, num_classes=10, in_chans=3)
     model = spec.outline()
     try:
@@ -168,7 +163,7 @@ def foresee_multiprize(
 
 def shapes_of(spec: ModelSpec) -> dict[str, Shape]:
     """The shapes of all weights of a network that can be chosen, in layer order."""
-    return {name: tuple(weight.shape) for name, weight in prunable(spec.outline()).items()}
+    return prunable_shapes(spec.outline())
 
 
 def _foreseen_uncalled(outline: nn.Module) -> list[str]:

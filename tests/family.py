@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
-from tiny import write_config
+from killing import KILLED, killed_run
+from processes import run_ranks, tombola
+from tiny import assert_same_run, write_config
 
 from launch.cli import run_command
+from pruning.tickets import Ticket
 
 Mistake = tuple[str, tuple[str, ...], str]
 """stages, options, and what the one line says"""
@@ -71,3 +74,41 @@ def assert_refused(
     assert expected in printed.err, printed.err
     assert printed.err.count("\n") == 1
     assert not (folder / "tiny").exists()
+
+
+def assert_refused_by_data(
+    text: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    """The same for what only the data tell: the run is begun, and nothing of the stage."""
+    words = ["run", write_config(folder, text), "--root", str(folder)]
+    assert run_command(words) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
+    assert not (folder / "tiny" / stage).exists()
+
+
+def assert_goes_on_with_two_ranks(text: str, folder: Path, *, step: int) -> None:
+    """A run killed on both ranks at a step and run again is the uninterrupted one, bit for bit."""
+    runs = []
+    for name in ("whole", "killed"):
+        root = folder / name
+        root.mkdir()
+        words = ["run", write_config(root, text), "--root", str(root)]
+        if name == "killed":
+            assert run_ranks(2, killed_run, words, "a step", step) == [KILLED] * 2
+        assert tombola(*words, world_size=2) == [0, 0]
+        runs.append(root / "tiny")
+    assert_same_run(runs[1], runs[0])
+
+
+def assert_same_masks_on_two_ranks(text: str, folder: Path, ticket: str, *words: str) -> None:
+    """One rank and two end with the same masks."""
+    digests = []
+    for world_size in (1, 2):
+        root = folder / str(world_size)
+        root.mkdir()
+        command = ["run", write_config(root, text), "--root", str(root), *words]
+        assert tombola(*command, world_size=world_size) == [0] * world_size
+        digests.append(Ticket.load(root / "tiny" / ticket).masks.digest())
+    assert digests[0] == digests[1]

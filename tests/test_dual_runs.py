@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from family import Mistake, assert_refused, run
+from family import (
+    Mistake,
+    assert_goes_on_with_two_ranks,
+    assert_refused,
+    assert_refused_by_data,
+    run,
+)
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
 from tiny import TOML, assert_same_run, facts, final_states, ticket_facts, write_config
 from torch import Tensor
 
 from data.order import stream_seed
-from launch.cli import run_command
 from launch.config import read_config
 from pruning.dual import Going, num_pruned
 from pruning.masks import Masks
@@ -262,16 +267,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    runs = []
-    for name in ("whole", "killed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        words = ["run", write_config(folder, BASE + CYCLES), "--root", str(folder)]
-        if name == "killed":
-            assert run_ranks(2, killed_run, words, "a step", 11) == [KILLED] * 2
-        assert tombola(*words, world_size=2) == [0, 0]
-        runs.append(folder / "tiny")
-    assert_same_run(runs[1], runs[0])
+    assert_goes_on_with_two_ranks(BASE + CYCLES, tmp_path, step=11)
 
 
 def test_one_and_two_ranks_make_the_same_ticket(tmp_path: Path) -> None:
@@ -382,12 +378,7 @@ LATE: list[tuple[str, str]] = [
 def test_what_only_the_data_tell_is_one_line_before_any_training(
     stage: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["run", write_config(tmp_path, BASE + stage), "--root", str(tmp_path)]
-    assert run_command(words) == 2
-    printed = capsys.readouterr().err
-    assert expected in printed
-    assert printed.count("\n") == 1
-    assert not (tmp_path / "tiny/dual").exists()
+    assert_refused_by_data(BASE + stage, expected, tmp_path, capsys, "dual")
 
 
 def test_the_masks_are_those_of_the_seed_of_the_run(tmp_path: Path) -> None:

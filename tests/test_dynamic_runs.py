@@ -5,12 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from family import Mistake, assert_refused, run
+from family import (
+    Mistake,
+    assert_goes_on_with_two_ranks,
+    assert_refused,
+    assert_refused_by_data,
+    assert_same_masks_on_two_ranks,
+    run,
+)
 from killing import KILLED, killed_run
 from processes import command, run_ranks, tombola
 from tiny import TOML, assert_same_run, facts, final_states, ticket_facts, write_config
 
-from launch.cli import run_command
 from pruning import dynamic
 from pruning.allocate import count_for
 from pruning.densities import erk, uniform
@@ -195,31 +201,16 @@ def test_a_checkpoint_has_the_masks_as_bits(sweep: Path) -> None:
 
 @pytest.mark.parametrize("method", STAGES)
 def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
-    runs = []
-    for name in ("whole", "killed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        words = ["run", write_config(folder, BASE + STAGES[method]), "--root", str(folder)]
-        if name == "killed":
-            assert run_ranks(2, killed_run, words, "a step", 13) == [KILLED] * 2
-        assert tombola(*words, world_size=2) == [0, 0]
-        runs.append(folder / "tiny")
-    assert_same_run(runs[1], runs[0])
+    assert_goes_on_with_two_ranks(BASE + STAGES[method], tmp_path, step=13)
 
 
 @pytest.mark.parametrize("method", STAGES)
 def test_one_and_two_ranks_choose_the_same_masks(method: str, tmp_path: Path) -> None:
     """After 20 steps, with a normalisation that does not depend on the batch."""
-    digests = []
-    for world_size in (1, 2):
-        folder = tmp_path / str(world_size)
-        folder.mkdir()
-        text = BASE.replace("width = 4", 'width = 8\nnorm = "group"').replace("2ep", "20it")
-        words = ["run", write_config(folder, text + STAGES[method]), "--root", str(folder)]
-        words += ["--optimizer.lr", "0.02"]
-        assert tombola(*words, world_size=world_size) == [0] * world_size
-        digests.append(Ticket.load(folder / "tiny/moving/level-00").masks.digest())
-    assert digests[0] == digests[1]
+    text = BASE.replace("width = 4", 'width = 8\nnorm = "group"').replace("2ep", "20it")
+    assert_same_masks_on_two_ranks(
+        text + STAGES[method], tmp_path, "moving/level-00", "--optimizer.lr", "0.02"
+    )
 
 
 def diverging(words: list[str]) -> None:
@@ -320,12 +311,7 @@ def test_a_mistake_is_one_clear_line(
 def test_what_only_the_data_tell_is_refused_before_the_stage_is_trained(
     stage: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["run", write_config(tmp_path, BASE + stage), "--root", str(tmp_path)]
-    assert run_command(words) == 2
-    printed = capsys.readouterr().err
-    assert expected in printed
-    assert printed.count("\n") == 1
-    assert not (tmp_path / "tiny/moving").exists()
+    assert_refused_by_data(BASE + stage, expected, tmp_path, capsys, "moving")
 
 
 def test_a_finished_stage_is_left_alone(tmp_path: Path) -> None:
