@@ -62,8 +62,7 @@ def claimed(folder: Folder, config: RunConfig, engine: Engine) -> Iterator[None]
     def take() -> None:
         if folder.local_path is not None:
             held.append(_lock(folder.local_path))
-        if folder.exists("config.toml") and _has_results(folder):
-            _require_same(folder, config)
+        require_same(folder, config)
         folder.write("config.toml", tomli_w.dumps(config.document()).encode())
         folder.write_json("environment.json", [*_attempts(folder), environment(engine)])
 
@@ -118,6 +117,11 @@ def read_run(folder: Folder) -> RunConfig:
         raise UserError(f"{where}: damaged, or of another version: {error}") from None
 
 
+def stage_names(folder: Folder) -> list[str]:
+    """The stages of a run in their order. Raises as `read_run` does."""
+    return [stage.name for stage in read_run(folder).stages]
+
+
 def environment(engine: Engine) -> dict[str, Any]:
     """What this attempt runs on."""
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
@@ -159,7 +163,10 @@ def _attempts(folder: Folder) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _require_same(folder: Folder, config: RunConfig) -> None:
+def require_same(folder: Folder, config: RunConfig) -> None:
+    """Raises `UserError` where the folder holds results of another configuration."""
+    if not folder.exists("config.toml") or not _has_results(folder):
+        return
     before = flat(read_run(folder).document())
     now = flat(config.document())
     differences = [

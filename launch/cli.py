@@ -81,10 +81,13 @@ class Tickets:
 
 @dataclass
 class Report:
-    """Tables of runs: levels, controls, elastic tickets beside IMP's, error barriers."""
+    """Tables of runs: levels, controls, elastic tickets beside IMP's, error barriers; of a run over
+    several seeds all methods at the same densities."""
 
     places: Positional[tuple[str, ...]]
     """runs: paths, URLs, or names under --root; with --barrier two of them, or RUN/STAGE/LEVEL"""
+    compare: bool = False
+    """one table of all these runs: what each method reached at like densities, mean and spread"""
     barrier: bool = False
     """measure the error between what two runs were trained to, level by level"""
     levels: tuple[int, ...] = ()
@@ -112,6 +115,8 @@ class Report:
             line = Line(self.points, self.batchnorm, self.num_batches, self.train_images)
         except ValueError as error:
             raise UserError(f"--{str(error).replace('_', '-')}") from None
+        if self.barrier and self.compare:
+            raise UserError("--compare and --barrier: choose one")
         if self.barrier:
             report_barrier(
                 self.places,
@@ -124,7 +129,7 @@ class Report:
         elif self.levels or self.data_root is not None or line != Line():
             raise UserError("--levels, --points and their like go with --barrier")
         else:
-            report_runs(self.places, root=self.root, as_json=self.json)
+            report_runs(self.places, compare=self.compare, root=self.root, as_json=self.json)
 
 
 @dataclass
@@ -233,11 +238,13 @@ def _dispatch(words: list[str]) -> None:
 def _print_run_help() -> None:
     """The options of the command, of every section and of every recipe."""
     from launch.recipes import RECIPES
+    from launch.sweep import SweepConfig
     from train.settings import Settings
 
     for title, kind, prog in (
         ("", Run, "tombola run"),
         ("\nThe sections of a configuration:\n", Settings, "tombola run CONFIG"),
+        ("\nAt its top, in place of seed:\n", SweepConfig, ""),
         *(
             (
                 f"\nA stage with recipe = {name!r}, its options as --stages.NAME.option"

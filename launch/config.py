@@ -19,6 +19,7 @@ import tyro
 from data.errors import UserError, did_you_mean
 from launch.parsing import ParseError, parse
 from launch.recipes import RECIPES
+from launch.sweep import SweepConfig, seed_name
 from train.settings import Settings
 
 C = TypeVar("C")
@@ -53,9 +54,22 @@ class RunConfig:
 
     settings: Settings
     stages: tuple[Stage, ...]
+    seeds: tuple[int, ...] = ()
+    """with which all of it is run, once each; none: with the seed of the settings"""
+
+    def with_seed(self, seed: int) -> "RunConfig":
+        """The run of one seed among several."""
+
+        def seeded(settings: Settings) -> Settings:
+            return dataclasses.replace(settings, name=seed_name(seed), seed=seed)
+
+        stages = tuple(
+            dataclasses.replace(stage, settings=seeded(stage.settings)) for stage in self.stages
+        )
+        return RunConfig(seeded(self.settings), stages)
 
     def document(self) -> dict[str, Any]:
-        """The resolved configuration as a TOML document that `tombola run` reads again."""
+        """The resolved configuration of one seed as a TOML document that is read again."""
         stages = [
             {"name": s.name, "recipe": s.recipe, **_plain(s.config), **s.own} for s in self.stages
         ]
@@ -88,9 +102,10 @@ def parse_document(document: dict[str, Any], path: str, overrides: Sequence[str]
             staged[stage].append(dataclasses.replace(given, key=key))
         else:
             shared.append(given)
-    _check_keys(shared, _keys(Settings))
+    _check_keys(shared, [*_keys(Settings), *_keys(SweepConfig)])
+    seeds, shared = _read_seeds(shared)
     stages = tuple(_read_stage(name, given, shared, path) for name, given in staged.items())
-    return RunConfig(_parse(Settings, shared), stages)
+    return RunConfig(_parse(Settings, shared), stages, seeds)
 
 
 def flat(document: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +182,20 @@ def _split_stage_key(given: Given, staged: dict[str, list[Given]]) -> tuple[str,
             return name, key
     near = did_you_mean(stage, staged)
     raise UserError(f"{given.origin}: no stage named {stage!r}{near} (stages: {', '.join(staged)})")
+
+
+def _read_seeds(shared: list[Given]) -> tuple[tuple[int, ...], list[Given]]:
+    """The seeds of a run over several, and what else was given."""
+    own = [one for one in shared if one.key == "seeds"]
+    rest = [one for one in shared if one.key != "seeds"]
+    seeds = _parse(SweepConfig, own).seeds
+    single = [one for one in rest if one.key == "seed"]
+    if seeds and single:
+        raise UserError(
+            f"{single[-1].origin}: seed and seeds are both set: for one run of several set "
+            "--seeds N, and leave --seed out"
+        )
+    return seeds, rest
 
 
 def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -> Stage:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from data.errors import RunError, UserError, did_you_mean
 from data.files import Folder
+from launch.sweep import seed_runs
 from pruning.store import TicketFolder, Tickets, open_tickets
 from pruning.tickets import Ticket, find_ticket
 
@@ -16,10 +17,22 @@ def find_tickets(place: str, root: str) -> Tickets:
     for candidate in _candidates(place, root):
         with contextlib.suppress(UserError):
             return open_tickets(candidate)
+    runs = find_runs(place, root)
+    if runs:
+        raise UserError(f"{place}: holds runs of several seeds: name one of them, as {runs[0]}")
     near = did_you_mean(place, Folder(root).names())
     raise UserError(
         f"{place}: no run and no ticket store there, and no run of that name under {root}{near}"
     )
+
+
+def find_runs(place: str, root: str) -> list[Folder]:
+    """The runs of a place that holds those of several seeds; none where it does not."""
+    for candidate in _candidates(place, root):
+        runs = seed_runs(Folder(candidate))
+        if runs:
+            return list(runs.values())
+    return []
 
 
 def find_one(place: str, root: str) -> Ticket:

@@ -1,10 +1,11 @@
-"""The pictures of a run, as PNG files: accuracy against density, errors along lines."""
+"""The pictures of runs, as PNG files: accuracy against density, all methods, errors on lines."""
 
 import io
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
+from launch.comparison import Row
 from launch.levels import accuracy
 from pruning.connectivity import Connectivity
 from pruning.tickets import Ticket
@@ -67,6 +68,42 @@ def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
     return _finished(figure, axes)
 
 
+def comparison_plot(rows: Sequence[Row]) -> bytes:
+    """The accuracies of all methods, mean and range over the runs, beside the steps behind them.
+
+    A line a method, a colour a density; the light part of the steps is the search for the masks.
+    The best of the dense networks is a dashed line.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    sparse = [row for row in rows if row.group < 1]
+    names = list(dict.fromkeys(row.name for row in sparse))
+    groups = list(dict.fromkeys(row.group for row in sparse))
+    figure, (left, right) = _new_figure(size=(9.5, 1.5 + 0.25 * len(names)), columns=2)
+    height = 0.8 / max(1, len(groups))
+    for number, (group, colour) in enumerate(zip(groups, cycle(_COLOURS), strict=False)):
+        here = [row for row in sparse if row.group == group]
+        places = [names.index(row.name) + (number + 0.5) * height - 0.4 for row in here]
+        for row, place in zip(here, places, strict=True):
+            left.hlines(place, min(row.accuracies), max(row.accuracies), color=colour, linewidth=1)
+        label = f"{group * 100:.2g} % kept"
+        left.plot([row.mean for row in here], places, "o", markersize=4, color=colour, label=label)
+        right.barh(places, [row.steps for row in here], height, color=colour)
+        right.barh(places, [row.search_steps for row in here], height, color="w", alpha=0.6)
+    dense = [row.mean for row in rows if row.group == 1]
+    if dense:
+        left.axvline(max(dense), color="0.6", linewidth=1, linestyle="--", zorder=0, label="dense")
+    left.set_yticks(range(len(names)), names, fontsize="small")
+    left.set_ylim(len(names) - 0.4, -0.6)
+    left.set_xlabel("test accuracy")
+    right.set_xlabel("optimizer steps; light: the search for the masks")
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
+    left.grid(alpha=0.25)
+    if sparse:
+        figure.legend(loc="outside upper center", ncols=len(groups) + 1, frameon=False)
+    return _as_png(figure)
+
+
 def connectivity_plot(results: Sequence[Connectivity]) -> bytes:
     """The errors on each line, solid on test images and dotted on training images."""
     figure, axes = _new_figure()
@@ -95,14 +132,14 @@ def _ticks(densities: Sequence[float]) -> list[float]:
     return ticks[:: -(-len(ticks) // 7)]
 
 
-def _new_figure() -> tuple[Any, Any]:
+def _new_figure(*, size: tuple[float, float] = (7, 4.5), columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes; matplotlib takes a second to import, so only who draws does."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(ncols=columns, sharey=True)
 
 
 def _finished(figure: Any, axes: Any) -> bytes:
@@ -112,6 +149,10 @@ def _finished(figure: Any, axes: Any) -> bytes:
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     else:
         axes.legend(frameon=False)
+    return _as_png(figure)
+
+
+def _as_png(figure: Any) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from data.errors import RunError, UserError
 from data.files import Folder
-from launch.claim import read_run, require_data
+from launch.claim import read_run, require_data, stage_names
 from launch.config import Stage
 from launch.levels import compared, gathered, level_rows
-from launch.places import find_single, find_tickets
+from launch.places import find_runs, find_single, find_tickets
 from launch.run import make_engine
-from launch.summary import print_tables
+from launch.summary import compare_runs, print_comparison, print_tables
 from pruning.connectivity import Connectivity, Line, measure
 from pruning.store import TicketFolder
 from pruning.tickets import INDEX, Ticket, find_ticket
@@ -31,30 +31,37 @@ from train.session import Session
 from train.signals import Signals
 
 
-def report_runs(places: Sequence[str], *, root: str, as_json: bool) -> None:
-    """Prints the tables of each run: its levels with their controls, and its error barriers."""
+def report_runs(places: Sequence[str], *, compare: bool, root: str, as_json: bool) -> None:
+    """Prints the tables of each run: its levels with their controls, and its error barriers.
+
+    Of a run over several seeds, and with `compare` of all runs together, prints one table of what
+    the methods reached at the same densities.
+    """
     if not places:
         raise UserError("name a run: tombola report runs/digits-imp")
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun one rank's tables are enough
-    console, documents = Console(), []
-    for place in places:
-        folder = _run(place, root)
-        tickets, results = gathered(folder, [stage.name for stage in read_run(folder).stages])
-        if as_json:
-            documents.append(_document(folder, tickets, results))
-            continue
-        console.print(f"{folder}\n", highlight=False, soft_wrap=True)
-        print_tables(console, tickets, results)
-        if not tickets:
-            console.print("no finished level yet\n")
+    console = Console(quiet=as_json)
+    if compare:
+        runs = [run for place in places for run in find_runs(place, root) or [_run(place, root)]]
+        documents = [_told_together(console, ", ".join(places), runs)]
+    else:
+        documents = [_told(console, place, root) for place in places]
     if as_json:
         print(json.dumps(documents, indent=1))
 
 
-def _document(
-    folder: Folder, tickets: Sequence[Ticket], results: Sequence[Connectivity]
-) -> dict[str, Any]:
+def _told(console: Console, place: str, root: str) -> dict[str, Any]:
+    """Prints what a place holds, one run or several of one configuration; and gives it."""
+    runs = find_runs(place, root)
+    if runs:
+        return _told_together(console, place, runs)
+    folder = _run(place, root)
+    tickets, results = gathered(folder, stage_names(folder))
+    console.print(f"{folder}\n", highlight=False, soft_wrap=True)
+    print_tables(console, tickets, results)
+    if not tickets:
+        console.print("no finished level yet\n")
     shown = compared(tickets)
     stages = dict.fromkeys(ticket.stage for ticket in shown)
     return {
@@ -62,6 +69,12 @@ def _document(
         "stages": {stage: level_rows(shown, stage) for stage in stages},
         "connectivity": [_as_json(result) for result in results],
     }
+
+
+def _told_together(console: Console, title: str, runs: Sequence[Folder]) -> dict[str, Any]:
+    rows = compare_runs(runs)
+    print_comparison(console, rows, title)
+    return {"runs": list(map(str, runs)), "comparison": [row.to_json() for row in rows]}
 
 
 def _as_json(result: Connectivity) -> dict[str, Any]:

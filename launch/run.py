@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from data.files import Folder
-from launch.claim import claim_data, claimed
+from launch.claim import claim_data, claimed, require_same
 from launch.config import RunConfig, Stage, read_config
 from launch.recipes import RECIPES
-from launch.summary import summarise
+from launch.summary import summarise, summarise_sweep
+from launch.sweep import require_free, seed_name, seed_runs
 from pruning.sources import Outlook, Promise
 from train.engine import Engine
 from train.metrics import Recorder
@@ -27,7 +28,27 @@ def run_config(config: RunConfig, *, root: str) -> None:
     """The same for a configuration that was read already."""
     engine = make_engine(config.stages[0])
     folder = Folder(root) / config.settings.name
-    engine.on_main(lambda: check_stages(config, folder), patient=True)
+    runs = [(folder / seed_name(seed), config.with_seed(seed)) for seed in config.seeds]
+    runs = runs or [(folder, config)]
+    engine.on_main(lambda: _check(config, folder, runs), patient=True)
+    for place, one in runs:
+        _run_stages(one, place, engine, is_alone=not config.seeds)
+    if config.seeds:
+        engine.on_main(lambda: summarise_sweep(folder))
+    engine.close()
+
+
+def _check(config: RunConfig, folder: Folder, runs: Sequence[tuple[Folder, RunConfig]]) -> None:
+    """Raises `UserError` for what is known to fail in any of the runs, before the first begins."""
+    require_free(folder, for_seeds=bool(config.seeds))
+    for place, one in runs:
+        check_stages(one, place)
+    for seed, place in seed_runs(folder).items():
+        require_same(place, config.with_seed(seed))
+
+
+def _run_stages(config: RunConfig, folder: Folder, engine: Engine, *, is_alone: bool) -> None:
+    """The stages of a run of one seed, and what they came to, unless it is one of several."""
     with claimed(folder, config, engine):
         recorder = open_recorder(folder, config, engine)
         display = Display(shown=engine.is_main)
@@ -36,6 +57,8 @@ def run_config(config: RunConfig, *, root: str) -> None:
             is_main=engine.is_main,
             save_minutes=config.settings.checkpoint.minutes,
         )
+        if not is_alone:
+            display.say(str(folder))
         try:
             with signals:
                 for stage in config.stages:
@@ -47,8 +70,8 @@ def run_config(config: RunConfig, *, root: str) -> None:
         finally:
             display.close()
             recorder.close()
-        engine.on_main(lambda: summarise(folder, [stage.name for stage in config.stages]))
-        engine.close()
+        if is_alone:
+            engine.on_main(lambda: summarise(folder, [stage.name for stage in config.stages]))
 
 
 def check_stages(config: RunConfig, folder: Folder) -> None:

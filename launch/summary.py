@@ -1,14 +1,18 @@
 """What a run came to: tables in the terminal, and pictures in its folder."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from data.files import Folder
+from launch.claim import stage_names
+from launch.comparison import Row, comparison
 from launch.levels import compared, gathered, level_rows
-from launch.plots import accuracy_plot, connectivity_plot
+from launch.plots import accuracy_plot, comparison_plot, connectivity_plot
+from launch.sweep import seed_runs
 from pruning.connectivity import STABLE, Connectivity
 from pruning.tickets import Ticket
 
@@ -16,6 +20,10 @@ _BESIDE_IMP = "IMP: its own ticket for that network, at the nearest density."
 _UNDER_IMP = (
     "An elastic ticket costs no search; in the paper it stays 0.5 to 2.3 points under IMP's own on "
     "ImageNet."
+)
+_COMPARED = (
+    "Accuracy: the mean over the runs; spread: the largest less the smallest. Steps: all that are "
+    "behind it, those of the search for its masks included."
 )
 _BARRIER = (
     f"Barrier: the highest error on the line less the mean of its ends; below {STABLE:.0%} on both "
@@ -37,6 +45,26 @@ def summarise(folder: Folder, stages: Sequence[str]) -> None:
     for name, content in pictures.items():
         folder.write(name, content)
         console.print(f"{folder}/{name}", highlight=False, soft_wrap=True)
+
+
+def summarise_sweep(folder: Folder) -> None:
+    """Prints the comparison over the seeds of a run, and draws it into the folder of all."""
+    console = Console()
+    rows = compare_runs(list(seed_runs(folder).values()))
+    print_comparison(console, rows, str(folder))
+    folder.write("comparison.png", comparison_plot(rows))
+    console.print(f"{folder}/comparison.png", highlight=False, soft_wrap=True)
+
+
+def compare_runs(folders: Sequence[Folder]) -> list[Row]:
+    """The rows that compare what runs came to, in the order of the stages of the first."""
+    stages = list(dict.fromkeys(name for folder in folders for name in stage_names(folder)))
+    return comparison([gathered(folder, stages)[0] for folder in folders])
+
+
+def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:
+    """A table of all methods, density by density, and how to read it."""
+    console.print(comparison_table(rows, f"{title}: test accuracy"), _COMPARED, "", sep="\n")
 
 
 def print_tables(
@@ -83,6 +111,27 @@ def level_table(tickets: Sequence[Ticket], stage: str) -> Table:
         else:
             cells.append(_number(row["images_per_second"], ",.0f"))
         table.add_row(str(row["level"]), f"{row['density']:.2%}", *cells)
+    return table
+
+
+def comparison_table(rows: Sequence[Row], title: str) -> Table:
+    """What each method reached at like densities, and in how many steps; a row a method."""
+    numbers = ("density", "kept", "runs", "accuracy", "spread", "steps", "of search")
+    table = _table(title, "", *numbers)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row, following in zip_longest(rows, rows[1:]):
+        table.add_row(
+            row.name,
+            f"{row.density:.2%}",
+            f"{row.kept:,.0f}",
+            str(len(row.accuracies)),
+            f"{row.mean:.4f}",
+            f"{row.spread:.4f}",
+            f"{row.steps:,.0f}",
+            f"{row.search_steps:,.0f}",
+            end_section=following is None or following.group != row.group,
+        )
     return table
 
 
