@@ -1,5 +1,6 @@
 """The engine: the order of an update, precision, compilation, accumulation, the loop around it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,61 @@ def test_a_non_finite_loss_names_its_step_and_keeps_the_checkpoint_before(tmp_pa
     assert instruments.checkpoints.latest() == 6
     saved = instruments.checkpoints.load(6)["model"]["fc.weight"]
     assert bool(saved.isfinite().all())
+
+
+class Until(Dense):
+    """Has done its work after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def after_update(self, step: int) -> None:
+        self.left -= 1
+
+
+def is_done(sparsity: Any) -> bool:
+    return bool(sparsity.left <= 0)
+
+
+def test_a_training_ends_when_its_sparsity_says_so(tmp_path: Path) -> None:
+    """At that step, which is recorded and kept as the last one; it is not measured twice."""
+    engine = Engine()
+    state, instruments = train_state(engine, tmp_path)
+    state.sparsity = Until(7)
+    until = plan(20, save_every=3, evaluate_every=7, ended=is_done)
+    fit(state, until, engine=engine, instruments=instruments)
+    assert state.step == 7
+    assert state.loader.state_dict() == {"position": 7}
+    instruments.recorder.close()
+    facts = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(fact["event"], fact["step"]) for fact in facts] == [("train", 5), ("train", 7)]
+    kept = {}
+    for step in (3, 6, 7):
+        manifest = tmp_path / f"checkpoints/step-{step:08d}/manifest.json"
+        kept[step] = json.loads(manifest.read_text())["kept"]
+    assert kept == {3: False, 6: False, 7: True}
+
+
+def test_a_training_that_has_ended_is_loaded_and_not_gone_on_with(tmp_path: Path) -> None:
+    """Nor is it where it ends before its first step."""
+    engine = Engine()
+    state, instruments = train_state(engine, tmp_path)
+    state.sparsity = Until(0)
+    weights = state.model.fc.weight.detach().clone()
+    for _ in range(2):
+        fit(state, plan(20, ended=is_done), engine=engine, instruments=instruments)
+        assert state.step == 0
+        assert torch.equal(state.model.fc.weight, weights)
+        assert instruments.checkpoints.latest() == 0
+
+
+def test_a_training_that_does_not_end_by_itself_goes_to_its_stop(tmp_path: Path) -> None:
+    engine = Engine()
+    state, instruments = train_state(engine, tmp_path)
+    state.sparsity = Until(4)
+    fit(state, plan(3, ended=is_done), engine=engine, instruments=instruments)
+    assert state.step == 3
+    assert instruments.checkpoints.latest() is None
 
 
 def test_an_ema_is_what_is_evaluated_and_saved(tmp_path: Path) -> None:

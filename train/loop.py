@@ -5,6 +5,7 @@ neither levels nor masks nor methods: a lottery-ticket method is a program that 
 several times, and a `Sparsity` that acts inside `Engine.update`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data.errors import Interrupted
@@ -14,7 +15,7 @@ from train.instruments import Instruments
 from train.objective import Objective
 from train.optim import set_learning_rate
 from train.schedule import Schedule
-from train.state import TrainState
+from train.state import Sparsity, TrainState
 from train.watch import Health, Throughput
 
 
@@ -34,10 +35,18 @@ class Plan:
     """steps whose checkpoints are saved and never deleted"""
     eval_flip: bool = False
     """average over mirror images in evaluations"""
+    ended: Callable[[Sparsity], bool] = lambda sparsity: False
+    """what ends the training before `stop`, on all ranks alike; that step is kept, too"""
+
+    def is_over(self, state: TrainState) -> bool:
+        return state.step >= self.stop or self.ended(state.sparsity)
+
+    def keeps(self, state: TrainState) -> bool:
+        return state.step in self.keep or self.ended(state.sparsity)
 
 
 def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instruments) -> None:
-    """Trains `state` up to `plan.stop` steps, and leaves the state there, all saves committed.
+    """Trains `state` to the end of the plan, and leaves the state there, all saves committed.
 
     Raises `RunError` at the first non-finite loss, naming its step (the checkpoint before it
     stays), and `Interrupted` after a signal, with the state saved.
@@ -51,17 +60,16 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
             health.check()
             instruments.record_replacements(state, engine)
             instruments.recorder.sync()
-            kept = state.step in plan.keep
             engine.broadcast_buffers(state.model)
             engine.broadcast_buffers(state.evaluated)
-            instruments.checkpoints.save(state.step, state.state_dict(), kept=kept)
+            instruments.checkpoints.save(state.step, state.state_dict(), kept=plan.keeps(state))
             signals.saved()
 
-    if state.step in plan.keep:
+    if plan.keeps(state):
         save()
     state.model.train()
     batches = iter(state.loader)
-    while state.step < plan.stop:
+    while not plan.is_over(state):
         batch = next(batches)
         rate = set_learning_rate(state.optimizer, plan.schedule, state.step, plan.learning_rate)
         loss = engine.backward(state, batch, plan.objective)
@@ -72,19 +80,19 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
             state.ema.update(state.model)
         throughput.count(state.loader.batch_size)
 
-        if state.step % plan.log_every == 0 or state.step == plan.stop:
+        if state.step % plan.log_every == 0 or plan.is_over(state):
             health.check()
             instruments.record_replacements(state, engine)
             global_loss = float(engine.reduce(loss))
             instruments.record_training(state, loss=global_loss, rate=rate, throughput=throughput)
-        if _due(plan.evaluate_every, state.step) and state.step < plan.stop:
+        if _due(plan.evaluate_every, state.step) and not plan.is_over(state):
             with throughput.paused():
                 instruments.record_replacements(state, engine)
                 split, images = instruments.held_out
                 result = evaluate(state.evaluated, images, engine, flip=plan.eval_flip)
                 instruments.record_evaluation(state, split, result)
         decision = signals.poll()
-        planned = state.step in plan.keep or _due(plan.save_every, state.step)
+        planned = plan.keeps(state) or _due(plan.save_every, state.step)
         if planned or decision.save or decision.stop:
             save()
         if decision.stop:

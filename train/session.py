@@ -63,6 +63,8 @@ class Phase:
     """of this training's global batches (default: `data.batch_size`)"""
     averaged: bool = True
     """whether the moving average of `train.ema` is kept and measured, where there is one"""
+    ended: Callable[[Sparsity], bool] = lambda sparsity: False
+    """what ends it before `stop`, on all ranks alike; that step's checkpoint stays, too"""
 
     @property
     def name(self) -> str:
@@ -76,6 +78,8 @@ class Outcome:
     evaluations: dict[str, Evaluation]
     sparsity: Sparsity
     """as it ended: a method may have changed its masks"""
+    step: int
+    """at which it ended: `stop`, or an earlier one"""
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ class Session:
         for split, result in evaluations.items():
             instruments.record_evaluation(state, split, result)
         self.recorder.sync()
-        return Outcome(evaluations, state.sparsity)
+        return Outcome(evaluations, state.sparsity, state.step)
 
     def evaluate(self, model: nn.Module) -> dict[str, Evaluation]:
         """What a model reaches on each split that is held out."""
@@ -330,6 +334,7 @@ class Session:
             save_every=None if save is None else steps(save),
             keep=phase.keep | {phase.stop},
             eval_flip=settings.train.eval_flip,
+            ended=phase.ended,
         )
 
     def _held_out(self) -> tuple[str, Any]:
