@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 from pruning.allocate import keep_count, shuffle_layers
 from pruning.elastic import DepthChange, Order, format_map, parse_map, stages, transform
-from pruning.masks import Masks, prunable
+from pruning.masks import Masks, maskable
 from pruning.program import Arm, train_ticket
 from pruning.scores import snip
 from pruning.sources import (
@@ -150,7 +150,7 @@ class _Move:
             self._fresh = self._fresh_head(config)
             there, here = source.outline(), self.target.outline()
             self.change = config.change(there, here)
-            self._tensors, self._prunable = here.state_dict(), prunable(here)
+            self._tensors, self._maskable = here.state_dict(), maskable(here)
             self._transform(there.state_dict())
 
     def _fresh_head(self, config: ElasticConfig) -> frozenset[str]:
@@ -184,7 +184,7 @@ class _Move:
 
     def masks(self, source: Masks) -> Masks:
         """The target's masks in its layer order; a fresh head is dense."""
-        masked = {n: w for n, w in self._prunable.items() if self.change.origin(n) in source}
+        masked = {n: w for n, w in self._maskable.items() if self.change.origin(n) in source}
         moved = transform(self._copied(source), self.change, self._copied(masked))
         dense = {n: torch.ones(masked[n].shape, dtype=torch.bool) for n in masked.keys() - moved}
         return Masks({name: {**moved, **dense}[name] for name in masked})

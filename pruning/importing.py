@@ -22,7 +22,7 @@ from data.errors import UserError, did_you_mean
 from data.files import Folder, read_content
 from pruning import open_lth
 from pruning.mask_store import write_masks
-from pruning.masks import Masks, prunable
+from pruning.masks import Masks, maskable, prunable
 from pruning.prizes import Prize
 from pruning.signed_weights import SignedLayer, SignedWeights
 from pruning.store import open_store
@@ -237,18 +237,18 @@ def _fitting_masks(
 
     With `complete`, each of its convolutions and linear layers has one.
     """
-    weights = prunable(network)
+    weights, known = prunable(network), maskable(network)
     for name, mask in found.items():
-        if name not in weights:
+        if name not in known:
             near = did_you_mean(name, weights)
             raise UserError(f"{file}: mask of {name}: the network prunes no such weight{near}")
-        _require_shape(name, mask, weights[name], file)
+        _require_shape(name, mask, known[name], file)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise UserError(f"{file}: mask of {name}: has values other than 0 and 1")
     missing = [name for name in weights if name not in found]
     if complete and missing:
         raise UserError(f"{file}: no mask of {missing[0]}, which the network has")
-    return Masks({name: found[name].bool() for name in weights if name in found})
+    return Masks({name: found[name].bool() for name in known if name in found})
 
 
 def _fitting_weights(

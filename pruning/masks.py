@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.errors import UserError, did_you_mean
 from pruning.packing import Packing, Shape
@@ -146,6 +147,16 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Para
     if not weights:
         raise UserError("exclude leaves no layer to prune")
     return weights
+
+
+def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a ticket's masks may be of: what is prunable, and the scales and shifts of batch
+    normalisations, which go with a channel; in layer order."""
+    weights = set(prunable(model).values())
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            weights.update(module.parameters())
+    return {name: weight for name, weight in model.named_parameters() if weight in weights}
 
 
 def prunable_shapes(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Shape]:

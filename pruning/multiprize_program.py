@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from pruning.choosing import require_enough
+from pruning.masks import maskable
 from pruning.multiprize import scored_layers, uncalled
 from pruning.multiprize_config import (
     MultiprizeConfig,
@@ -92,11 +93,13 @@ class _Multiprize:
             return []
         where, place, levels = f"stages.{self.stage}.ticket", config.ticket, config.levels
 
+        known = {name: tuple(w.shape) for name, w in maskable(self.spec.outline()).items()}
+
         def find() -> list[Found]:
             found = find_sources(where, place, levels, run)
             for one in found:
                 masks = one.ticket.stored_masks
-                require_layers(where, one.ticket.place, masks.shapes, shapes_of(self.spec))
+                require_layers(where, one.ticket.place, masks.shapes, known)
                 for name, kept in masks.kept.items():
                     if not kept and name in self._layers:
                         raise UserError(

@@ -19,7 +19,7 @@ from data.errors import RunError, UserError
 from data.files import Folder
 from pruning import document
 from pruning.mask_store import StoredMasks, read_masks
-from pruning.masks import Masks, prunable_shapes
+from pruning.masks import Masks, maskable
 from pruning.objects import Objects
 from pruning.packing import canonical
 from pruning.signed_weights import SignedWeights, stored_state
@@ -154,7 +154,7 @@ class Ticket:
         The weights are those at `step`, or others that shall take their place.
         """
         model = self.outline()
-        shapes = prunable_shapes(model)
+        shapes = {name: tuple(weight.shape) for name, weight in maskable(model).items()}
         for name, shape in self.stored_masks.shapes.items():
             if shapes.get(name) != shape:
                 raise RunError(f"ticket {self.id[:12]}: no weights {name} of {shape} in its model")
