@@ -13,6 +13,8 @@ from pruning.dual_config import DUAL_DEFAULTS, DualConfig, foresee_dual
 from pruning.dual_program import run_dual
 from pruning.dynamic_config import DynamicConfig, foresee_dynamic
 from pruning.dynamic_program import run_dynamic
+from pruning.earlybird_config import EarlyBirdConfig, foresee_earlybird
+from pruning.earlybird_program import run_earlybird
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
 from pruning.imp import ImpConfig, foresee_imp, run_imp
 from pruning.initial_config import InitialConfig, foresee_initial
@@ -48,5 +50,6 @@ RECIPES = {
     "initial": Recipe(InitialConfig, run_initial, foresee_initial),
     "dynamic": Recipe(DynamicConfig, run_dynamic, foresee_dynamic),
     "dual": Recipe(DualConfig, run_dual, foresee_dual, DUAL_DEFAULTS),
+    "earlybird": Recipe(EarlyBirdConfig, run_earlybird, foresee_earlybird),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

@@ -25,6 +25,7 @@ def killed_run(words: list[str], point: str, count: int) -> None:
     from pruning.store import TicketFolder
     from train import checkpoint
     from train.engine import Engine
+    from train.session import Session
 
     left = [count]
 
@@ -89,6 +90,12 @@ def killed_run(words: list[str], point: str, count: int) -> None:
         if len(steps) == 3:
             die()
 
+    def no_evaluation(self: Session, model: Any) -> Any:
+        if reached():
+            die()
+        return evaluate(self, model)
+
+    evaluate = Session.evaluate
     steps: list[int] = []
     update, remove, create_stream = Engine.update, Folder.remove, FileSystem.create_stream
     whole_line, write_json, write_ticket = Journal.append, Folder.write_json, TicketFolder.write
@@ -119,6 +126,8 @@ def killed_run(words: list[str], point: str, count: int) -> None:
         after(connectivity_program, "write_result")
     elif point == "a transformation, before its training":
         after(dual_program._Dual, "_transformed")
+    elif point == "the end of a phase, before its evaluation":
+        Session.evaluate = no_evaluation  # type: ignore[method-assign]
     elif point == "two levels":
         after(TicketFolder, "write")
     command(words)
