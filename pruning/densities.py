@@ -55,7 +55,9 @@ def erk(shapes: Shapes, density: float, power_scale: float = 1.0) -> dict[str, i
 def balanced(shapes: Shapes, density: float) -> dict[str, int]:
     """The same number of weights in each layer; one that is smaller is dense, the rest share.
 
-    Gadhikar et al. 2023 (2210.02412), who name it so.
+    Gadhikar et al. 2023 (2210.02412), who name it so. In their code (`ER_same_params_per_layer`)
+    each layer has density * size / num_layers, cut off at its size; what is cut off is not shared
+    out, so that their network is sparser than was asked for.
     """
     return _shared(shapes, density, lambda shape: Fraction(1))
 

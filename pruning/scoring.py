@@ -59,7 +59,8 @@ def require_scores(method: str, scores: Mapping[str, Tensor]) -> None:
             )
         if not any_:
             raise UserError(
-                f"{method}: all scores of {name} are zero: no gradient reaches it (as behind "
-                "normalisations that begin with zero, or gates that saturate), or its weights are "
-                "zero; exclude it, take another score, or weights that were trained for some steps"
+                f"{method}: all scores of {name} are zero: no gradient reaches it (as behind gates "
+                "that saturate, or normalisations that begin with zero, which model.zero_init_last "
+                "= false prevents), or its weights are zero; exclude it, take another score, or "
+                "weights that were trained for some steps"
             )

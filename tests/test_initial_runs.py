@@ -377,12 +377,28 @@ def test_an_epoch_with_too_few_images_of_a_class_is_one_line(
 def test_scores_that_are_all_zero_are_one_line(
     score: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """timm's ResNets begin with a gain of zero at the end of each block: no gradient passes."""
+    """timm's ResNets begin with a gain of zero at the end of each block: no gradient passes.
+
+    The line names the option with which they do not.
+    """
     text = BASE + stage(score, "density = 0.5\n") + 'model.name = "resnet18"\nmodel.width = 4\n'
     assert run_command(["run", write_config(tmp_path, text), "--root", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
     assert "all scores of layer1.0.conv1.weight are zero: no gradient reaches it" in printed
+    assert "model.zero_init_last = false" in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp", "synflow"])
+def test_a_resnet_whose_gains_begin_with_one_has_scores(score: str, tmp_path: Path) -> None:
+    """The same network with the option of which the refusal tells."""
+    options = "samples_per_class = 1\n" if score == "grasp" else ""
+    text = BASE + stage(score, "density = 0.5\n" + options)
+    text += 'model.name = "resnet18"\nmodel.width = 4\nmodel.zero_init_last = false\n'
+    folder = run(tmp_path, text, "--train.total", "1it")
+    ticket = Ticket.load(folder / "init/level-00")
+    assert ticket.model.arguments == {"width": 4, "zero_init_last": False}
+    assert ticket.masks.kept == round(ticket.masks.size / 2)
 
 
 def test_the_shapes_of_a_stage_are_those_of_its_network() -> None:

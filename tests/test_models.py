@@ -313,6 +313,24 @@ def test_a_timm_model_is_built_by_its_name() -> None:
     assert model.head_drop.p == 0.25
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "regnety_002", "skresnet18"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_last_gain_of_a_block_begins_as_it_is_told(name: str, zero: bool) -> None:
+    """... with zero, or with one as all others."""
+    config = ModelConfig(name, zero_init_last=zero)
+    model = ModelSpec.of(config, num_classes=2, in_chans=3).build()
+    stage = stages(model)[0]
+    block = model.get_submodule(stage.prefix(0).removesuffix("."))
+    gains = [m.weight.max().item() for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert (0.0 in gains) is zero
+    assert {*gains} <= {0.0, 1.0}
+
+
+def test_timm_itself_begins_with_zero() -> None:
+    usual, told = (ModelSpec("resnet18", 2, 3, a).build(1) for a in ({}, {"zero_init_last": True}))
+    assert equal_states(usual, told)
+
+
 def test_a_spec_holds_only_the_options_that_were_set() -> None:
     """Defaults stay with the network."""
     config = ModelConfig("cifar_vgg16", norm="group")
@@ -355,6 +373,12 @@ def test_an_unknown_model_has_a_near_miss(name: str, near: str) -> None:
         ({"name": "resnet18", "norm": "group"}, "norm is no option of resnet18"),
         ({"drop_rate": 0.0}, "drop_rate is no option of cifar_resnet20"),
         ({"drop_path_rate": 0.1}, "drop_path_rate is no option of cifar_resnet20"),
+        ({"zero_init_last": True}, "zero_init_last is no option of cifar_resnet20"),
+        ({"name": "convnext_atto", "zero_init_last": False}, "is no option of convnext_atto"),
+        (
+            {"name": "resnet18", "zero_init_last": True, "activation": "sign"},
+            "zero_init_last = True: no gradient passes it with activation = 'sign'",
+        ),
         ({"norm": "layer"}, "norm = 'layer': must be one of batch, group"),
         ({"width": 0}, "width = 0: must be at least 1"),
     ],

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from train.stages import described, stages
 _MOST_BLOCKS = 1000
 _TRANSLATED = ("blocks", "width", "activation")
 """the arguments that timm's models take by other names, if at all"""
+_OF_TIMM = ("drop_rate", "drop_path_rate", "zero_init_last")
+"""the options of timm's models alone"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class ModelConfig:
     """dropout before the classifier, timm models only"""
     drop_path_rate: float | None = None
     """stochastic depth, timm models only"""
+    zero_init_last: bool | None = None
+    """begin with a gain of zero at the end of each block, as timm has it (default: timm's own,
+    mostly true); timm's ResNets, RegNets and relatives"""
 
     def __post_init__(self) -> None:
         small = cifar.find_network(self.name) is not None
@@ -53,7 +58,7 @@ class ModelConfig:
                 f"name = {self.name!r} is no timm model and no CIFAR network"
                 f"{did_you_mean(self.name, known)}"
             )
-        for option in ("drop_rate", "drop_path_rate") if small else ("norm",):
+        for option in _OF_TIMM if small else ("norm",):
             if getattr(self, option) is not None:
                 raise ValueError(f"{option} is no option of {self.name}")
         if self.norm is not None and self.norm not in cifar.NORMS:
@@ -66,7 +71,8 @@ class ModelConfig:
             _check_blocks(list(self.blocks))
         if self.activation is not None:
             check_activation(self.activation)
-        if not small and (self.width is not None or self.activation is not None):
+        options = (self.width, self.activation, self.zero_init_last)
+        if not small and any(option is not None for option in options):
             self._check_timm()
 
     def _check_timm(self) -> None:
@@ -76,6 +82,12 @@ class ModelConfig:
             raise ValueError(f"width is no option of {self.name}")
         if self.activation is not None and not is_plain_resnet(usual):
             raise ValueError(f"activation is no option of {self.name}: only {SIGN_TAKERS} take one")
+        if self.zero_init_last is not None and "zero_init_last" not in _parameters(usual):
+            raise ValueError(f"zero_init_last is no option of {self.name}; leave it out")
+        if self.zero_init_last and self.activation == "sign":
+            raise ValueError(
+                "zero_init_last = True: no gradient passes it with activation = 'sign'"
+            )
 
 
 @dataclass(frozen=True)
@@ -213,7 +225,7 @@ def _as_timm_has_it(
 
 def _blocks_as_timm_has_them(usual: nn.Module, blocks: list[int]) -> dict[str, Any]:
     """The argument by which a timm model takes its blocks. Raises `ValueError` if none does."""
-    found, known = stages(usual), inspect.signature(type(usual).__init__).parameters
+    found, known = stages(usual), _parameters(usual)
     if len(found) != len(blocks):
         raise ValueError(f"blocks = {blocks}: it has {len(found)} stages ({described(found)})")
     if "depth" in known:
@@ -222,3 +234,8 @@ def _blocks_as_timm_has_them(usual: nn.Module, blocks: list[int]) -> dict[str, A
         if argument in known:
             return {argument: tuple(blocks)}
     raise ValueError(f"blocks = {blocks}: it takes no such list; leave model.blocks out")
+
+
+def _parameters(usual: nn.Module) -> Collection[str]:
+    """The names of what the class of a model is made with."""
+    return inspect.signature(type(usual).__init__).parameters.keys()
