@@ -63,9 +63,18 @@ class TransformConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
-        ramp, interval = (Duration.parse(text) for text in (self.ramp_length, self.interval_length))
-        if ramp.unit == interval.unit == "it":
-            self._ramp(ramp.steps(1), interval.steps(1))  # what needs no data to be known
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        """Raises `ValueError` for what needs no data to be known: lengths in steps."""
+        lengths = {"ramp": self.ramp_length, "interval": self.interval_length}
+        known = {name: Duration.parse(text) for name, text in lengths.items()}
+        steps = {name: length.steps(1) for name, length in known.items() if length.unit == "it"}
+        for name, number in steps.items():
+            if number < 1:
+                raise ValueError(f"{name} = {lengths[name]!r}: must be at least one step")
+        if len(steps) == len(lengths):
+            self._ramp(**steps)
 
     @property
     def ramp_length(self) -> str:
@@ -105,10 +114,10 @@ class TransformConfig:
             raise UserError(f"{where}.{error}") from None
         return Cycles(ramp, steps["ramp"] + steps["stabilise"], self.cycles)
 
-    def _ramp(self, steps: int, interval: int) -> Ramp:
+    def _ramp(self, ramp: int, interval: int) -> Ramp:
         return Ramp.within(
-            steps,
-            interval=max(1, interval),
+            ramp,
+            interval=interval,
             limit=self.limit,
             increment=self.increment,
             curve=self.schedule,

@@ -326,6 +326,8 @@ MISTAKES: list[Mistake] = [
     (DUAL + 'transform.schedule = "x^4"\n', (), "transform.schedule"),
     (DUAL.replace("lr = 0.05", "lr = 0.0"), (), "transform.lr = '0.0': must be above 0"),
     (DUAL.replace('"8it"', '"8"'), (), "transform.ramp = '8': is not a duration"),
+    (DUAL.replace('"8it"', '"init"'), (), "transform.ramp = 'init': must be at least one step"),
+    (DUAL.replace('"2it"', '"0it"'), (), "transform.interval = '0it': must be at least one step"),
     (
         DUAL + "transform.increment = 0.1\n",
         (),
