@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.order import random_choice, stream_seed
-from pruning.densities import Shapes
+from pruning.densities import Shapes, require_some, some_for
 from pruning.densities import count_for as count_for
 from pruning.densities import erk as erk
 from pruning.densities import exact as exact
@@ -29,16 +29,9 @@ def keep_top(scores: Mapping[str, Tensor], density: float, scope: Scope = "globa
     """
     sizes = {name: score.numel() for name, score in scores.items()}
     if scope == "global":
-        count = count_for(density, sum(sizes.values()))
-        if count == 0:
-            raise UserError(f"density = {density} keeps none of {sum(sizes.values())} weights")
-        return keep_count(scores, count)
+        return keep_count(scores, some_for(density, sum(sizes.values())))
     counts = {name: count_for(density, size) for name, size in sizes.items()}
-    for name, count in counts.items():
-        if count == 0:
-            raise UserError(
-                f"density = {density} keeps none of the {sizes[name]} weights of {name}"
-            )
+    require_some(density, counts, sizes)
     return keep_counts(scores, counts)
 
 

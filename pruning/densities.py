@@ -26,6 +26,24 @@ def count_for(density: float, size: int) -> int:
     return math.floor(exact(density) * size + Fraction(1, 2))
 
 
+def some_for(density: float, size: int) -> int:
+    """`count_for`, which also raises `UserError` where that is none."""
+    count = count_for(density, size)
+    if not count:
+        raise UserError(f"density = {density} keeps none of {size} weights: keep more")
+    return count
+
+
+def require_some(density: float, counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+    """Raises `UserError` naming the first layer of which a density keeps nothing."""
+    for name, count in counts.items():
+        if not count:
+            raise UserError(
+                f"density = {density} keeps none of the {sizes[name]} weights of {name}: keep "
+                "more, or leave that layer dense with exclude"
+            )
+
+
 def uniform(shapes: Shapes, density: float) -> dict[str, int]:
     """The same fraction of each layer. `shapes`: weight name -> shape, in layer order.
 
@@ -82,11 +100,7 @@ def _shared(
     order = sorted(counts, key=lambda name: counts[name] - shares[name])  # stable: ties in order
     for name in order[:left]:
         counts[name] += 1
-    for name, count in counts.items():
-        if not count:
-            raise UserError(
-                f"density = {density} keeps none of the {sizes[name]} weights of {name}"
-            )
+    require_some(density, counts, sizes)
     return counts
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from functools import partial
 
 from data.errors import UserError
-from pruning.allocate import count_for, random_masks
-from pruning.densities import SHARINGS
+from pruning.allocate import random_masks
+from pruning.densities import SHARINGS, some_for
 from pruning.dynamic import SET, GradualMagnitude, RigL
 from pruning.dynamic_config import DynamicConfig
 from pruning.fixed import FixedMasks
@@ -83,11 +83,7 @@ class _Dynamic:
         """How many weights of each layer are kept, or of all layers. Raises `UserError`."""
         if self.config.scope != "global":
             return SHARINGS[self.config.layer_densities](self._shapes, density)
-        size = sum(map(math.prod, self._shapes.values()))
-        count = count_for(density, size)
-        if count == 0:
-            raise UserError(f"density = {density} keeps none of {size} weights: keep more")
-        return count
+        return some_for(density, sum(map(math.prod, self._shapes.values())))
 
     def run(self) -> list[Ticket]:
         config, session = self.config, self.session

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from data.errors import UserError, did_you_mean
-from pruning.densities import SHARINGS, Shapes, count_for
+from pruning.densities import SHARINGS, Shapes, some_for
 from pruning.masks import prunable_shapes
 from pruning.n_of_m import Misfits, Pattern
 from pruning.options import check_densities, densest_first
@@ -125,10 +125,7 @@ class InitialConfig:
         if self.densities != "global":
             return [SHARINGS[self.densities](shapes, density) for density in densities]
         size = sum(map(math.prod, shapes.values()))
-        counts: list[Kept] = [count_for(density, size) for density in densities]
-        if not counts[-1]:
-            raise UserError(f"density = {densities[-1]} keeps none of {size} weights")
-        return counts
+        return [some_for(density, size) for density in densities]
 
 
 _DEFAULTS = {field.name: field.default for field in fields(InitialConfig)}

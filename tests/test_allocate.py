@@ -105,7 +105,7 @@ def test_a_density_outside_the_unit_interval_is_refused(scope: Scope, density: f
 
 def test_a_density_that_keeps_nothing_is_refused() -> None:
     """0.05 of eight weights rounds to none."""
-    with pytest.raises(UserError, match=r"density = 0\.05 keeps none of 8 weights"):
+    with pytest.raises(UserError, match=r"density = 0\.05 keeps none of 8 weights: keep more"):
         keep_top({"a": torch.ones(4), "b": torch.ones(4)}, 0.05)
 
 

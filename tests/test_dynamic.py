@@ -207,6 +207,20 @@ def test_set_by_hand() -> None:
     assert not any(bench.momentum[place] for place in range(8) if place != 2)
 
 
+def test_set_moves_an_exact_share() -> None:
+    """0.3 of ten is three, though the float nearest to 0.3 is a little less."""
+    model = nn.Linear(20, 1, bias=False)
+    model.weight.data = torch.arange(1.0, 21.0).view(1, 20)
+    masks = Masks({"weight": bits("1" * 10 + "0" * 10).view(1, 20)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsity = SET(masks, model, optimizer, rewiring=Rewiring(1, 0.3, 9), seed=0)
+    sparsity.after_update(0)
+    free = [0, 1, 2, *range(10, 20)]  # the three smallest are free at once
+    drawn = [free[place] for place in random_permutation(stream_seed(0, "weight", 1), 13)[:3]]
+    expected = ["1" if place in (*range(3, 10), *drawn) else "0" for place in range(20)]
+    assert shown(sparsity.masks["weight"]) == "".join(expected)
+
+
 def test_gradual_pruning_by_hand() -> None:
     """Eight weights to two in three prunings, the smallest of those that are left."""
     bench = Bench([0.8, 0.1, 0.6, 0.2, 0.5, 0.3, 0.4, 0.7])
