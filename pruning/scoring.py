@@ -14,9 +14,9 @@ from train.rng import kept_generators
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """In training or evaluation mode, without compilation; all is as it was afterwards.
+    """In training or evaluation mode, in full float32, without compilation; all is put back.
 
-    Modes of modules, buffers, and torch's generators are put back. Compiled networks have no second
+    That is modes of modules, buffers, and torch's generators. Compiled networks have no second
     derivatives, and fused attention neither, so that both are left out.
     """
     modes = {module: module.training for module in model.modules()}
@@ -24,7 +24,7 @@ def undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
     device = next(model.parameters()).device
     model.train(training)
     try:
-        with kept_generators(device), _eager(), sdpa_kernel(SDPBackend.MATH):
+        with kept_generators(device), _eager(), _full_float32(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for module, mode in modes.items():
@@ -37,6 +37,17 @@ def undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
 def _eager() -> contextlib.AbstractContextManager[Any]:
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Without TensorFloat-32 in convolutions, which torch allows unless it is told otherwise."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def require_scores(method: str, scores: Mapping[str, Tensor]) -> None:

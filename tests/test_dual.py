@@ -92,6 +92,7 @@ def test_a_density_outside_is_refused(density: float) -> None:
 def test_after_c_of_c_cycles_the_ratio_is_one_less_a_power() -> None:
     """Of 1000 weights at 4 %: half-way 1 - 0.04^(1/2) = 80 %; of 32 at 1/32 in 5 cycles, halves."""
     assert [num_pruned(0.04, 1000, Fraction(c, 2)) for c in (1, 2)] == [800, 960]
+    assert num_pruned(0.49, 10, Fraction(1, 2)) == 3  # and no rounding error more
     assert [num_pruned(1 / 32, 32, Fraction(c, 5)) for c in range(1, 6)] == [16, 24, 28, 30, 31]
 
 

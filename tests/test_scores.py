@@ -1,6 +1,7 @@
 """Scores: hand-computed values, an independent reference in float64, equal on all ranks."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_snip_by_hand() -> None:
     ].tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
@@ -57,9 +58,17 @@ def images(num: int, seed: int = 1) -> Batch:
     )
 
 
-def reference(batch: Batch) -> dict[str, Tensor]:
+def normalised() -> nn.Module:
+    """With a batch normalisation whose running statistics are far from those of any batch."""
+    model = network()
+    model[1] = nn.BatchNorm2d(4)
+    model[1].running_var.fill_(100.0)
+    return model
+
+
+def reference(batch: Batch, build: Callable[[], nn.Module] = network) -> dict[str, Tensor]:
     """|theta * dL/dtheta| of the mean loss, in float64, by a plain backward pass."""
-    model = network().double()
+    model = build().double()
     nn.functional.cross_entropy(model(batch.images.double()), batch.labels).backward()
     weights = {n: p for n, p in model.named_parameters() if p.ndim > 1}
     return {n: (p * p.grad).abs().detach() for n, p in weights.items() if p.grad is not None}
@@ -133,9 +142,11 @@ def test_grasp_removes_the_highest_signed_score_of_the_paper() -> None:
     assert keep_top(scores, 0.5)["weight"].tolist() == [[False, True], [True, False]]
 
 
-def grasp_reference(batch: Batch, temperature: float = 200.0) -> dict[str, Tensor]:
+def grasp_reference(
+    batch: Batch, temperature: float = 200.0, build: Callable[[], nn.Module] = network
+) -> dict[str, Tensor]:
     """theta * (H g) in float64 with the whole Hessian of the weights written out."""
-    model = network().double()
+    model = build().double()
     named = {n: p for n, p in model.named_parameters() if p.ndim > 1}
     sizes = [p.numel() for p in named.values()]
 
@@ -169,6 +180,34 @@ def test_grasp_equals_the_written_out_hessian(temperature: float) -> None:
         scores = grasp(network(), batches, temperature=temperature)
         assert all(score.dtype == torch.float32 for score in scores.values())
         assert_close(scores, expected)
+
+
+def test_normalisations_take_the_statistics_of_the_images() -> None:
+    """SNIP and GraSP are of the network in training mode, whatever mode it is given in."""
+    batch = images(24)
+    assert_close(snip(normalised().eval(), [batch]), reference(batch, normalised))
+    expected = grasp_reference(batch, build=normalised)
+    assert_close(grasp(normalised().eval(), [batch]), expected)
+
+
+@pytest.mark.parametrize("score", [snip, grasp], ids=lambda score: score.__name__)
+def test_a_score_is_in_full_float32(score: Any) -> None:
+    """Convolutions on CUDA would take TensorFloat-32, whose fraction has 10 bits; and do again."""
+    allowed: list[bool] = []
+
+    def look(*_: Any) -> None:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+
+    model = network()
+    model[0].register_forward_hook(look)
+    model[0].register_forward_hook(lambda layer, given, output: output.register_hook(look) and None)
+    look()
+    score(model, [images(4)])
+    look()
+    assert allowed[0]
+    assert allowed[-1]
+    assert len(allowed) > 3
+    assert not any(allowed[1:-1])
 
 
 @pytest.mark.parametrize("score", [snip, grasp, synflow], ids=lambda score: score.__name__)
