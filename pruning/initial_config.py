@@ -14,7 +14,7 @@ from pruning.densities import SHARINGS, Shapes, some_for
 from pruning.masks import prunable_shapes
 from pruning.n_of_m import Misfits, Pattern
 from pruning.options import check_densities, densest_first
-from pruning.scores import SCORES
+from pruning.scores import SCORES, Images
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
 from train.models import ModelSpec, shaped_by
@@ -98,12 +98,16 @@ class InitialConfig:
             )
 
     def _uses(self, option: str) -> bool:
-        images = SCORES[self.score].images if self.score in SCORES else "none"
         return {
-            "num_batches": images == "batches",
-            "samples_per_class": images == "classes",
+            "num_batches": self.images == "batches",
+            "samples_per_class": self.images == "classes",
             "iterations": self.score == "synflow",
         }[option]
+
+    @property
+    def images(self) -> Images:
+        """Which images the score sees."""
+        return SCORES[self.score].images if self.score in SCORES else "none"
 
     @property
     def num_levels(self) -> int:
@@ -135,6 +139,12 @@ def foresee_initial(
     stage: str, config: InitialConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made. Raises `UserError` for what is known to fail."""
+    if settings.train.sync_batchnorm and config.images == "classes":
+        raise UserError(
+            f"stages.{stage}: train.sync_batchnorm = true: score = {config.score!r} sees images of "
+            "each class, not as many on each rank, which have no common statistics; leave it out, "
+            "or take another score"
+        )
     spec = ModelSpec.of(settings.model, num_classes=10, in_chans=3)
     try:
         shapes = config.shapes(spec.outline())

@@ -63,7 +63,7 @@ class _Initial:
         with self._told():
             self.shapes = config.shapes(self.network.module)
             self.kept = config.kept(self.shapes)
-            if self._sees == "classes":
+            if self.config.images == "classes":
                 require_samples(session, config.samples_per_class)
         self._initial = {k: v.cpu().clone() for k, v in self.network.module.state_dict().items()}
 
@@ -77,11 +77,6 @@ class _Initial:
                 self._control(ticket, kept)
         if "_at_k" not in vars(self):  # all was finished before
             self.session.display.skip(self.start_step)
-
-    @property
-    def _sees(self) -> str:
-        """Which images the score sees."""
-        return SCORES[self.config.score].images if self.config.score in SCORES else "none"
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -209,9 +204,9 @@ class _Initial:
         return scores
 
     def _batches(self) -> Iterable[Batch] | None:
-        if self._sees == "none":
+        if self.config.images == "none":
             return None
-        if self._sees == "classes":
+        if self.config.images == "classes":
             num = self.config.samples_per_class
             return class_samples(self.session, num, "initial", "images")
         return self.session.first_batches(self.config.num_batches, "initial", "images")

@@ -15,6 +15,8 @@ from pruning.scoring import undisturbed
 from pruning.synflow import synflow as synflow
 from train.ranks import ALONE, Ranks
 
+Images = Literal["none", "batches", "classes"]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -23,7 +25,7 @@ class Score:
     of: Callable[..., dict[str, Tensor]]
     """`(model, batches, *, exclude, ranks)` gives float32 or float64 of the shape of each prunable
     weight, the same on all ranks"""
-    images: Literal["none", "batches", "classes"] = "batches"
+    images: Images = "batches"
     """which it sees: none, the first global batches, or as many of each class"""
 
 

@@ -6,25 +6,30 @@ from typing import Any
 
 import pytest
 import torch
-from family import Mistake, assert_refused, run
+from family import Mistake, assert_refused, assert_refused_by_data, run
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
 from tiny import TOML, assert_same_run, facts, ticket_facts, write_config
 from torch import nn
 
 from data.config import DataConfig
+from data.errors import UserError
+from data.files import Folder
 from data.loader import Batch
 from data.order import stream_seed
 from data.sources import Data, Placement, open_data
 from launch.cli import run_command
 from pruning.allocate import erk, keep_count, keep_counts
+from pruning.initial_config import InitialConfig, foresee_initial
 from pruning.masks import Masks, prunable
 from pruning.n_of_m import Pattern
 from pruning.scores import grasp, magnitude, snip
+from pruning.sources import Outlook
 from pruning.synflow import synflow_masks
 from pruning.tickets import Ticket
 from train.models import ModelSpec
 from train.safe_dcp import read_tensors
+from train.settings import Settings, TrainConfig
 
 BASE = TOML[: TOML.index("[[stages]]")].replace("3ep", "2ep")
 """two epochs of 13 steps"""
@@ -322,6 +327,15 @@ def test_a_mistake_is_one_clear_line(
     assert_refused(mistake, tmp_path, capsys, base=BASE)
 
 
+def test_grasp_with_statistics_over_all_ranks_is_refused() -> None:
+    """The ranks would wait for each other: each has its own number of batches."""
+    settings = Settings(train=TrainConfig(sync_batchnorm=True))
+    outlook = Outlook(Folder("nowhere"), {})
+    foresee_initial("init", InitialConfig("snip", (0.5,)), settings, outlook)
+    with pytest.raises(UserError, match=r"stages\.init: train\.sync_batchnorm = true: .* leave it"):
+        foresee_initial("init", InitialConfig("grasp", (0.5,)), settings, outlook)
+
+
 TOLD_BY_THE_DATA: dict[str, tuple[str, str]] = {
     "density": (
         stage("snip", 'density = 0.0005\ndensities = "uniform"\nat = "5it"\n'),
@@ -351,12 +365,7 @@ def test_what_only_the_data_tell_is_refused_before_the_stage_is_trained(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, expected = TOLD_BY_THE_DATA[case]
-    words = ["run", write_config(tmp_path, BASE + text), "--root", str(tmp_path)]
-    assert run_command(words) == 2
-    printed = capsys.readouterr().err
-    assert expected in printed
-    assert printed.count("\n") == 1
-    assert not (tmp_path / "tiny/init").exists()
+    assert_refused_by_data(BASE + text, expected, tmp_path, capsys, "init")
 
 
 def test_an_epoch_with_too_few_images_of_a_class_is_one_line(
@@ -403,8 +412,6 @@ def test_a_resnet_whose_gains_begin_with_one_has_scores(score: str, tmp_path: Pa
 
 def test_the_shapes_of_a_stage_are_those_of_its_network() -> None:
     """What is refused beforehand is looked at without memory for weights."""
-    from pruning.initial_config import InitialConfig
-
     outline = ModelSpec("resnet50", 1000, 3).outline()
     config: Any = InitialConfig(density=(0.1,), densities="erk", exclude=("fc",))
     shapes = config.shapes(outline)
