@@ -24,6 +24,7 @@ from pruning.masks import Masks
 from pruning.rewiring import Rewiring
 from pruning.tickets import Ticket
 from train.engine import Engine
+from train.session import Outcome, Session
 
 BASE = TOML[: TOML.index("[[stages]]")].replace("3ep", "2ep")
 """two epochs of 13 steps"""
@@ -129,16 +130,17 @@ def test_set_keeps_the_counts_of_its_layers(densities: str, tmp_path: Path) -> N
     assert ticket.masks != initial_masks(folder, "level-00")
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_gradual_pruning_goes_down_by_the_cubic(scope: str, tmp_path: Path) -> None:
-    """From dense, every four steps from step 3 to the end of the ramp at 75 %."""
-    folder = run(tmp_path, BASE + GMP + f'scope = "{scope}"\n', "--log.every", "1")
+@pytest.mark.parametrize(("scope", "initial"), [("layer", 1.0), ("global", 0.8)])
+def test_gradual_pruning_goes_down_by_the_cubic(scope: str, initial: float, tmp_path: Path) -> None:
+    """From `initial` on, every four steps from step 3 to the end of the ramp at 75 %."""
+    options = f'scope = "{scope}"\ninitial = {initial}\n'
+    folder = run(tmp_path, BASE + GMP + options, "--log.every", "1")
     ticket = Ticket.load(folder / "moving/level-00")
     size = ticket.masks.size
     told = {f["step"]: f["density"] for f in facts(folder) if f["event"] == "train"}
     for step in range(1, 27):
-        last = 20 if step >= 20 else max(3, 3 + (step - 3) // 4 * 4)
-        expected = 0.3 + 0.7 * (1 - (last - 3) / 17) ** 3
+        last = 20 if step >= 20 else 3 + (step - 3) // 4 * 4
+        expected = 0.3 + (initial - 0.3) * (1 - (last - 3) / 17) ** 3 if step >= 3 else 1
         assert told[step] == pytest.approx(expected, abs=1e-3), step
     if scope == "global":
         assert ticket.masks.kept == count_for(0.3, size)
@@ -146,6 +148,24 @@ def test_gradual_pruning_goes_down_by_the_cubic(scope: str, tmp_path: Path) -> N
         assert {row.name: row.kept for row in ticket.masks.table()} == uniform(
             shapes_of(ticket), 0.3
         )
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_what_is_moved_and_when_is_what_the_configuration_says(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Rewiring] = []
+    train = Session.train
+
+    def watched(self: Session, *arguments: Any) -> Outcome:
+        found.append(arguments[-1].keywords["rewiring"])
+        return train(self, *arguments)
+
+    monkeypatch.setattr(Session, "train", watched)
+    run(
+        tmp_path, BASE + STAGES[method] + 'fraction = 0.6\nuntil = "50%"\n', "--train.total", "10it"
+    )
+    assert found == [Rewiring(interval=4, fraction=0.6, until=5)]
 
 
 def test_another_stage_trains_from_what_was_found(tmp_path: Path) -> None:

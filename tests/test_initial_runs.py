@@ -1,6 +1,7 @@
 """Pruning once as stages of whole runs: each score, at init and at k, resumed and refused."""
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from launch.cli import run_command
 from pruning.allocate import erk, keep_count, keep_counts
 from pruning.initial_config import InitialConfig, foresee_initial
 from pruning.masks import Masks, prunable
-from pruning.n_of_m import Pattern
-from pruning.scores import grasp, magnitude, snip
+from pruning.n_of_m import Pattern, n_of_m
+from pruning.scores import grasp, magnitude, snip, synflow
 from pruning.sources import Outlook
 from pruning.synflow import synflow_masks
 from pruning.tickets import Ticket
 from train.models import ModelSpec
 from train.safe_dcp import read_tensors
+from train.session import Outcome, Phase, Session
 from train.settings import Settings, TrainConfig
 
 BASE = TOML[: TOML.index("[[stages]]")].replace("3ep", "2ep")
@@ -57,16 +59,16 @@ def digits() -> Data:
     return open_data(DataConfig(batch_size=96), Placement(torch.device("cpu")))
 
 
-def ten_of_each_class(data: Data) -> Batch:
-    """The first ten training images of each class, in the order of the recipe's stream."""
+def twelve_of_each_class(data: Data) -> Batch:
+    """The first twelve training images of each class, in the order of the recipe's stream."""
     images: list[torch.Tensor] = []
     labels: list[int] = []
     for batch in data.loader(stream_seed(3, "initial", "images")):
         for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
-            if labels.count(label) < 10:
+            if labels.count(label) < 12:
                 images.append(image)
                 labels.append(label)
-        if len(labels) == 100:
+        if len(labels) == 120:
             return Batch(torch.stack(images), torch.tensor(labels))
     raise AssertionError("a loader ends")
 
@@ -80,7 +82,7 @@ def expected_masks(score: str, ticket: Ticket, counts: dict[str, int]) -> Masks 
         batch = next(iter(data.loader(stream_seed(3, "initial", "images"))))
         return keep_counts(snip(model, [batch]), counts)
     if score == "grasp":
-        batch = ten_of_each_class(data)
+        batch = twelve_of_each_class(data)
         parts = zip(batch.images.tensor_split(2), batch.labels.tensor_split(2), strict=True)
         return keep_counts(grasp(model, [Batch(*part) for part in parts]), counts)
     if score == "synflow":
@@ -94,7 +96,8 @@ def expected_masks(score: str, ticket: Ticket, counts: dict[str, int]) -> Masks 
 @pytest.mark.parametrize("score", SCORES)
 def test_each_score_makes_a_ticket_of_the_initial_weights(score: str, tmp_path: Path) -> None:
     """With ERK's counts in each layer, chosen by the score, named by it, trained from step 0."""
-    ticket = Ticket.load(run(tmp_path, BASE + stage(score)) / "init/level-00")
+    options = BY_LAYER + ("samples_per_class = 12\n" if score == "grasp" else "")
+    ticket = Ticket.load(run(tmp_path, BASE + stage(score, options)) / "init/level-00")
     assert (ticket.method, ticket.level, ticket.step, ticket.control) == (score, 0, 0, False)
     assert (ticket.timing["steps"], ticket.timing["search_steps"]) == (26, 0)
     weights = ticket.weights()
@@ -107,6 +110,45 @@ def test_each_score_makes_a_ticket_of_the_initial_weights(score: str, tmp_path: 
     if expected is not None:
         assert ticket.masks == expected
     assert 0 < ticket.metrics["test"]["accuracy"] <= 1
+
+
+def test_snip_takes_its_gradient_over_as_many_batches(tmp_path: Path) -> None:
+    """Of the first two global batches of the recipe's stream, which are not those of the first."""
+    text = BASE.replace("2ep", "2it") + stage("snip", BY_LAYER + "num_batches = 2\n")
+    ticket = Ticket.load(run(tmp_path, text) / "init/level-00")
+    batches = list(islice(digits().loader(stream_seed(3, "initial", "images")), 2))
+    counts = {row.name: row.kept for row in ticket.masks.table()}
+    assert ticket.masks == keep_counts(snip(network(ticket), batches), counts)
+    assert ticket.masks != keep_counts(snip(network(ticket), batches[:1]), counts)
+
+
+@pytest.mark.parametrize("recipe", ["initial", "dynamic", "dual"])
+def test_all_trainings_see_the_data_in_one_order(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Densities, controls, and the dense training before them; a transformation has its own."""
+    text = {
+        "initial": stage("magnitude", AT_K.replace("5it", "1it") + 'controls = ["random"]\n'),
+        "dynamic": 'recipe = "dynamic"\ndensity = [0.3, 0.5]\ninterval = "1it"\n'
+        'controls = ["static"]\n',
+        "dual": 'recipe = "dual"\ndensity = [0.3, 0.5]\ncontrols = ["random", "budget"]\n'
+        'transform.ramp = "1it"\n',
+    }[recipe]
+    if recipe != "initial":
+        text = f'[[stages]]\nname = "one"\n{text}'
+    orders: dict[str, tuple[str | int, ...]] = {}
+    train = Session.train
+
+    def watched(self: Session, phase: Phase, *arguments: Any) -> Outcome:
+        orders[phase.level] = phase.seed_labels
+        return train(self, phase, *arguments)
+
+    monkeypatch.setattr(Session, "train", watched)
+    run(tmp_path, BASE.replace("2ep", "3it") + text)
+    transformed = {orders.pop(name) for name in list(orders) if name.endswith("transform")}
+    assert len(orders) == {"initial": 5, "dynamic": 4, "dual": 6}[recipe]
+    assert set(orders.values()) == {(recipe, "order")}
+    assert transformed == ({("dual", "transform")} if recipe == "dual" else set())
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +205,19 @@ def test_a_pattern_holds_in_the_finished_network(score: str, tmp_path: Path) -> 
             assert bool((groups.sum(1) == 2).all()), row.name
         shapes = {row.name: row.shape for row in masks.table()}
         assert {r.name: r.kept for r in masks.table()} == Pattern(2, 4).counts(shapes)
+    if score == "synflow":
+        assert Ticket.load(folder / "init/level-00").masks == narrowed(folder / "init/level-00")
+
+
+def narrowed(level: Path) -> Masks:
+    """3:4 by SynFlow, and 2:4 of what is left by the flow that is left."""
+    model = network(Ticket.load(level))
+    masks = Masks.ones(model)
+    for num in (3, 2):
+        masks.project_(model)
+        scores = synflow(model, image_shape=(1, 8, 8))
+        masks = n_of_m(scores, num, 4, misfits="dense", within=masks)
+    return masks
 
 
 def test_a_density_of_one_is_the_dense_network(tmp_path: Path) -> None:
@@ -264,7 +319,8 @@ def test_one_and_two_ranks_choose_the_same_masks(tmp_path: Path) -> None:
     text = base + "".join(
         stage(score, 'density = 0.3\ndensities = "erk"\n', score) for score in SCORES
     )
-    text = text.replace('score = "snip"\n', 'score = "snip"\nnum_batches = 2\n')
+    options = 'num_batches = 2\ncontrols = ["random"]\n'
+    text = text.replace('score = "snip"\n', f'score = "snip"\n{options}')
     digests: list[dict[str, str]] = []
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
@@ -274,9 +330,10 @@ def test_one_and_two_ranks_choose_the_same_masks(tmp_path: Path) -> None:
             assert run_ranks(2, killed_run, words, "a step", 8) == [KILLED] * 2
         assert tombola(*words, world_size=world_size) == [0] * world_size
         places = {score: folder / f"tiny/{score}/level-00" for score in SCORES}
+        places["control"] = folder / "tiny/snip/level-00-random"
         digests.append({name: Ticket.load(p).masks.digest() for name, p in places.items()})
     assert digests[0] == digests[1]
-    assert len(set(digests[0].values())) == len(SCORES)
+    assert len(set(digests[0].values())) == len(SCORES) + 1
 
 
 # ---- mistakes
