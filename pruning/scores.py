@@ -1,5 +1,6 @@
 """How much a weight matters: `(model, batches, ...) -> {weight name: score}`, higher is kept."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -113,9 +114,10 @@ def _gradient(
             total += gradient
         totals += torch.stack([loss.detach().to(totals), totals.new_tensor(len(batch.images))])
     loss_sum, count = ranks.reduce(totals).tolist()
-    if not count or loss_sum != loss_sum or abs(loss_sum) == float("inf"):
+    if not count or not math.isfinite(loss_sum):
         raise UserError(
-            f"{method}: the loss over {count:.0f} images is {loss_sum}; it must be finite"
+            f"{method}: the loss over {count:.0f} images is {loss_sum}, and must be finite: take "
+            "other images or weights, or a score without images"
         )
     return {name: ranks.reduce(total) / count for name, total in sums.items()}, count
 
