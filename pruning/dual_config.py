@@ -10,7 +10,7 @@ from typing import Literal
 from data.errors import UserError
 from pruning.dual import Curve, Cycles, Pick, Ramp
 from pruning.masks import prunable
-from pruning.options import check_densities, densest_first
+from pruning.options import check_controls, check_densities, densest_first
 from pruning.sources import Outlook, Promise
 from train.duration import Duration, check_durations
 from train.models import ModelSpec
@@ -141,8 +141,7 @@ class DualConfig:
 
     def __post_init__(self) -> None:
         check_densities(self.density)
-        if len(set(self.controls)) < len(self.controls):
-            raise ValueError(f"controls = {list(self.controls)}: name each once")
+        check_controls(self.controls)
 
     @property
     def densities(self) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from typing import Literal
 from data.errors import UserError
 from pruning.allocate import Scope
 from pruning.masks import prunable
-from pruning.options import check_densities, densest_first, refuse_average
+from pruning.options import check_controls, check_densities, densest_first, refuse_average
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
 from train.models import ModelSpec
@@ -56,6 +56,7 @@ class DynamicConfig:
     def __post_init__(self) -> None:
         check_durations(self, "interval", "until", "start", "stop")
         check_densities(self.density)
+        check_controls(self.controls)
         if self.fraction is not None and not 0 < self.fraction < 1:
             raise ValueError(f"fraction = {self.fraction}: must be between 0 and 1")
         if self.initial is not None and not 0 < self.initial <= 1:

@@ -13,7 +13,7 @@ from data.errors import UserError, did_you_mean
 from pruning.densities import SHARINGS, Shapes, some_for
 from pruning.masks import prunable_shapes
 from pruning.n_of_m import Misfits, Pattern
-from pruning.options import check_densities, densest_first
+from pruning.options import check_controls, check_densities, densest_first
 from pruning.scores import SCORES, Images
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
@@ -65,6 +65,7 @@ class InitialConfig:
             near = did_you_mean(self.score, known)
             raise ValueError(f"score = {self.score!r}: is not known{near} ({', '.join(known)})")
         self._check_densities()
+        check_controls(self.controls)
         for name in ("num_batches", "samples_per_class", "iterations"):
             value = getattr(self, name)
             if value < 1:

@@ -16,6 +16,12 @@ def check_densities(densities: Sequence[float], *, least: int = 1) -> None:
         raise ValueError(f"density = {list(densities)}: {wanted}")
 
 
+def check_controls(controls: Sequence[str]) -> None:
+    """For `__post_init__`: raises `ValueError` where one is named twice."""
+    if len(set(controls)) < len(controls):
+        raise ValueError(f"controls = {list(controls)}: name each once")
+
+
 def densest_first(densities: Sequence[float]) -> tuple[float, ...]:
     """In the order of the levels: level 0 is the densest, the last one the sparsest."""
     return tuple(sorted(densities, reverse=True))

@@ -297,6 +297,7 @@ MISTAKES: list[Mistake] = [
     (RIGL + 'scope = "global"\n', (), "scope = 'global': needs method = 'gmp'"),
     (GMP + 'until = "9it"\n', (), "until = '9it': needs method = 'set' or 'rigl'"),
     (GMP + "fraction = 0.2\n", (), "fraction = '0.2': needs method = 'set' or 'rigl'"),
+    (SET + 'controls = ["static", "static"]\n', (), "'static static': name each once"),
     (GMP + 'controls = ["static"]\n', (), "gmp has no initial random masks"),
     (GMP + 'scope = "global"\ndensities = "erk"\n', (), "needs scope = 'layer'"),
     (GMP + "initial = 0.2\n", (), "initial = '0.2': must be at least the density, 0.3"),

@@ -344,6 +344,7 @@ MISTAKES: list[Mistake] = [
     (stage("snip", ""), (), "density: give at least one, or a pattern"),
     (stage("snip", "density = 1.5\n"), (), "density = '1.5': must be above 0 and at most 1"),
     (stage("snip", "density = [0.5, 0.5]\n"), (), "give each once"),
+    (stage("snip", 'density = 0.5\ncontrols = ["random", "random"]\n'), (), "name each once"),
     (stage("random", "density = 0.5\n"), (), "choose uniform, erk or balanced"),
     (stage("snip", 'density = 0.5\nmisfits = "dense"\n'), (), "misfits = 'dense': needs a pattern"),
     (stage("snip", 'pattern = "4:2"\n'), (), "pattern = '4:2': is no pattern: write '2:4'"),
