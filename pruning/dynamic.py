@@ -9,7 +9,8 @@ Choices where the papers leave them open, or differ from their code:
   never gone: weight and optimizer state stay. So there is always enough to grow, and a dense layer
   stays as it is.
 - Nothing changes at step 0, where the reference's counter would already let it: the first change
-  is after dT steps, on weights that were trained.
+  is after dT steps, on weights that were trained. A vetoed step counts as one of the training's, as
+  in Algorithm 1; the reference does not count it.
 - What SET grows starts at zero, as in RigL's reference; the authors draw small random weights.
 - Ties are kept, and grown, in the order of the flat index.
 """
