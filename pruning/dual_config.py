@@ -12,7 +12,7 @@ from pruning.dual import Curve, Cycles, Pick, Ramp
 from pruning.masks import prunable
 from pruning.options import check_controls, check_densities, densest_first
 from pruning.sources import Outlook, Promise
-from train.duration import Duration, check_durations
+from train.duration import Duration, check_durations, check_lengths
 from train.models import ModelSpec
 from train.optim import OptimizerConfig
 from train.session import Session
@@ -52,7 +52,8 @@ class TransformConfig:
     """of its global batches (default: data.batch_size)"""
 
     def __post_init__(self) -> None:
-        check_durations(self, "ramp", "stabilise", "interval")
+        check_lengths(self, "ramp", "interval")
+        check_durations(self, "stabilise")
         for name in ("limit", "increment", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -63,18 +64,9 @@ class TransformConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
-        self._check_steps()
-
-    def _check_steps(self) -> None:
-        """Raises `ValueError` for what needs no data to be known: lengths in steps."""
-        lengths = {"ramp": self.ramp_length, "interval": self.interval_length}
-        known = {name: Duration.parse(text) for name, text in lengths.items()}
-        steps = {name: length.steps(1) for name, length in known.items() if length.unit == "it"}
-        for name, number in steps.items():
-            if number < 1:
-                raise ValueError(f"{name} = {lengths[name]!r}: must be at least one step")
-        if len(steps) == len(lengths):
-            self._ramp(**steps)
+        ramp, interval = (Duration.parse(text) for text in (self.ramp_length, self.interval_length))
+        if ramp.unit == interval.unit == "it":
+            self._ramp(ramp.steps(1), interval.steps(1))  # what needs no data to be known
 
     @property
     def ramp_length(self) -> str:
@@ -114,9 +106,9 @@ class TransformConfig:
             raise UserError(f"{where}.{error}") from None
         return Cycles(ramp, steps["ramp"] + steps["stabilise"], self.cycles)
 
-    def _ramp(self, ramp: int, interval: int) -> Ramp:
+    def _ramp(self, steps: int, interval: int) -> Ramp:
         return Ramp.within(
-            ramp,
+            steps,
             interval=interval,
             limit=self.limit,
             increment=self.increment,

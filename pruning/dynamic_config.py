@@ -11,7 +11,7 @@ from pruning.allocate import Scope
 from pruning.masks import prunable
 from pruning.options import check_controls, check_densities, densest_first, refuse_average
 from pruning.sources import Outlook, Promise
-from train.duration import check_durations
+from train.duration import check_durations, check_lengths
 from train.models import ModelSpec
 from train.settings import Settings
 
@@ -54,7 +54,8 @@ class DynamicConfig:
     """what to train beside each ticket: static (the initial random masks, which stay)"""
 
     def __post_init__(self) -> None:
-        check_durations(self, "interval", "until", "start", "stop")
+        check_lengths(self, "interval")
+        check_durations(self, "until", "start", "stop")
         check_densities(self.density)
         check_controls(self.controls)
         if self.fraction is not None and not 0 < self.fraction < 1:

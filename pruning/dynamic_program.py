@@ -58,7 +58,6 @@ class _Dynamic:
         interval = f"{where}.interval = {config.interval!r}"
         if self.interval < 1:
             raise UserError(f"{interval}: is less than one step")
-        session.require_before_end(self.interval, f"{interval}: the first change is at step")
         if config.method == "gmp":
             stop = f"{where}.stop = {config.end!r} is step"
             session.require_before_end(self.end, stop)
@@ -66,7 +65,13 @@ class _Dynamic:
                 raise UserError(
                     f"{stop} {self.end}, not after start = {config.begin!r} at step {self.begin}"
                 )
+            if self.interval > self.end - self.begin:
+                raise UserError(
+                    f"{interval}: is {self.interval} steps, and the ramp {self.end - self.begin}: "
+                    "choose a shorter one, or an earlier start or later stop"
+                )
             return
+        session.require_before_end(self.interval, f"{interval}: the first change is at step")
         until = f"{where}.until = {config.end!r} is step {self.end}"
         if self.end > session.total_steps:
             raise UserError(

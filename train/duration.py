@@ -56,3 +56,12 @@ def check_durations(config: object, *names: str) -> None:
                     Duration.parse(text)
             except ValueError as error:
                 raise ValueError(f"{name} = {error}") from None
+
+
+def check_lengths(config: object, *names: str) -> None:
+    """As `check_durations`; a length of nothing is refused as well."""
+    check_durations(config, *names)
+    for name in names:
+        text = getattr(config, name)
+        if text is not None and not Duration.parse(text).amount:
+            raise ValueError(f"{name} = {text!r}: must be at least one step")
