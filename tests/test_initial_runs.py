@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from family import Mistake, assert_refused, assert_refused_by_data, run
+from family import (
+    Mistake,
+    assert_goes_on_with_two_ranks,
+    assert_refused,
+    assert_refused_by_data,
+    run,
+)
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
 from tiny import TOML, assert_same_run, facts, ticket_facts, write_config
@@ -281,6 +287,12 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same_run(killed / "tiny", run(whole, text))
 
 
+def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """In its first ticket, so that the second is of scores that are taken anew."""
+    text = BASE.replace("2ep", "8it") + stage("grasp", AT_K + 'controls = ["random"]\n')
+    assert_goes_on_with_two_ranks(text, tmp_path, step=7)
+
+
 def test_dropout_in_a_score_is_the_same_in_another_attempt(tmp_path: Path) -> None:
     """Killed behind the first ticket: the second is of the scores that chose the first."""
     model = 'model.name = "resnet18"\nmodel.width = 4\nmodel.drop_rate = 0.5\n'
@@ -314,7 +326,7 @@ def test_a_dense_training_that_is_gone_is_done_again(tmp_path: Path) -> None:
 
 
 def test_one_and_two_ranks_choose_the_same_masks(tmp_path: Path) -> None:
-    """With a normalisation that does not depend on the batch; killed on two, they go on."""
+    """With a normalisation that does not depend on the batch."""
     base = BASE.replace("width = 4", 'width = 8\nnorm = "group"').replace("2ep", "3it")
     text = base + "".join(
         stage(score, 'density = 0.3\ndensities = "erk"\n', score) for score in SCORES
@@ -326,8 +338,6 @@ def test_one_and_two_ranks_choose_the_same_masks(tmp_path: Path) -> None:
         folder = tmp_path / str(world_size)
         folder.mkdir()
         words = ["run", write_config(folder, text), "--root", str(folder)]
-        if world_size == 2:
-            assert run_ranks(2, killed_run, words, "a step", 8) == [KILLED] * 2
         assert tombola(*words, world_size=world_size) == [0] * world_size
         places = {score: folder / f"tiny/{score}/level-00" for score in SCORES}
         places["control"] = folder / "tiny/snip/level-00-random"
