@@ -125,6 +125,11 @@ class InitialConfig:
             pattern = Pattern.parse(self.pattern)
             if self.misfits == "refuse":
                 pattern.require_fit(shapes)
+            elif not any(map(pattern.fits, shapes.values())):
+                raise UserError(
+                    f"pattern = '{pattern}': fits no layer, so that all would stay dense: choose "
+                    "one whose groups divide the layers' inputs"
+                )
             return [pattern]
         densities = densest_first(self.density)
         if self.densities != "global":
@@ -149,7 +154,7 @@ def foresee_initial(
     spec = ModelSpec.of(settings.model, num_classes=10, in_chans=3)
     try:
         shapes = config.shapes(spec.outline())
-        if config.pattern is not None:
+        if config.pattern is not None and config.misfits == "refuse":
             stem = shaped_by(spec, "in_chans")  # of which only the data tell
             config.kept({name: shape for name, shape in shapes.items() if name not in stem})
     except UserError as error:

@@ -421,6 +421,10 @@ TOLD_BY_THE_DATA: dict[str, tuple[str, str]] = {
         stage("snip", 'pattern = "2:4"\nat = "5it"\n'),
         "stages.init: pattern = '2:4': conv1.weight of (4, 1, 3, 3) has 1 inputs, not a multiple",
     ),
+    "pattern of nothing": (
+        stage("snip", 'pattern = "1:7"\nmisfits = "dense"\nat = "5it"\n'),
+        "stages.init: pattern = '1:7': fits no layer, so that all would stay dense",
+    ),
     "samples": (
         stage("grasp", 'density = 0.5\nsamples_per_class = 500\nat = "5it"\n'),
         "stages.init: samples_per_class = 500: class '0' has ",
