@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import Interrupted, UserError
 from data.loader import Batch
 from pruning.allocate import keep_count, keep_counts, random_masks, shuffle_layers
 from pruning.class_samples import class_samples, require_samples
@@ -209,7 +209,15 @@ class _Initial:
         if self.config.images == "classes":
             num = self.config.samples_per_class
             return class_samples(self.session, num, "initial", "images")
-        return self.session.first_batches(self.config.num_batches, "initial", "images")
+        return self._first_batches()
+
+    def _first_batches(self) -> Iterator[Batch]:
+        """As many as are asked for, which may take long. Raises `Interrupted` after a signal."""
+        session = self.session
+        for batch in session.first_batches(self.config.num_batches, "initial", "images"):
+            yield batch
+            if session.signals.poll().stop:
+                raise Interrupted(f"while the weights of {self.stage} were scored")
 
     def _by_flow(self, kept: Kept) -> Masks:
         """SynFlow's masks, which need no data."""

@@ -1,6 +1,9 @@
 """Pruning once as stages of whole runs: each score, at init and at k, resumed and refused."""
 
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -291,6 +294,32 @@ def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """In its first ticket, so that the second is of scores that are taken anew."""
     text = BASE.replace("2ep", "8it") + stage("grasp", AT_K + 'controls = ["random"]\n')
     assert_goes_on_with_two_ranks(text, tmp_path, step=7)
+
+
+def test_a_signal_stops_the_scoring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the batch in which it comes; another attempt scores anew, and comes to the same."""
+    words = ["run", write_config(tmp_path, BASE + stage("snip", BY_LAYER + "num_batches = 9\n"))]
+    first_batches, drawn = Session.first_batches, 0
+
+    def told_at_the_second(self: Session, num: int, *labels: str | int) -> Iterator[Batch]:
+        nonlocal drawn
+        for batch in first_batches(self, num, *labels):
+            drawn += 1
+            if drawn == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "first_batches", told_at_the_second)
+        assert run_command([*words, "--root", str(tmp_path / "stopped")]) == 75
+    printed = capsys.readouterr().err
+    assert "interrupted: while the weights of init were scored; the same command" in printed
+    assert (printed.count("\n"), drawn) == (1, 2)
+    for root in ("stopped", "whole"):
+        assert run_command([*words, "--root", str(tmp_path / root)]) == 0
+    assert_same_run(tmp_path / "stopped/tiny", tmp_path / "whole/tiny")
 
 
 def test_dropout_in_a_score_is_the_same_in_another_attempt(tmp_path: Path) -> None:
