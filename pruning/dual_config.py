@@ -57,7 +57,7 @@ class TransformConfig:
         for name in ("limit", "increment", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} = {value}: must be above 0")
+                raise ValueError(f"{name} = {value}: must be above 0 and finite")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay = {self.weight_decay}: must not be negative")
         for name in ("cycles", "batch_size"):

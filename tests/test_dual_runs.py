@@ -321,6 +321,7 @@ MISTAKES: list[Mistake] = [
     (DUAL.replace('"budget"]', '"random"]'), (), "controls = 'random random': name each once"),
     (DUAL.replace('"budget"]', '"reinit"]'), (), "controls"),
     (DUAL + "transform.limit = 0.0\n", (), "transform.limit = '0.0': must be above 0"),
+    (DUAL + "transform.limit = inf\n", (), "transform.limit = 'inf': must be above 0 and finite"),
     (DUAL + "transform.increment = -0.1\n", (), "transform.increment = '-0.1': must be above 0"),
     (DUAL + "transform.cycles = 0\n", (), "transform.cycles = '0': must be at least 1"),
     (DUAL + 'transform.schedule = "x^4"\n', (), "transform.schedule"),
