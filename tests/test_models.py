@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
-from train.cifar import EXAMPLES, CifarResNet, CifarVgg, CifarVggSmall, find_network
-from train.models import ModelConfig, ModelSpec, shaped_by
+from train.cifar import BasicBlock, CifarColumn, CifarResNet, CifarVgg, CifarVggSmall
+from train.mlp import Mlp
+from train.models import EXAMPLES, ModelConfig, ModelSpec, find_network, require_shapes, shaped_by
 from train.stages import stages
 
 
@@ -36,7 +37,10 @@ def equal_states(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    ["cifar_resnet8", "cifar_resnet18", "cifar_vgg11", "cifar_vgg13", "cifar_vgg_small"],
+    [
+        *("cifar_resnet8", "cifar_resnet18", "cifar_resnet_column"),
+        *("cifar_vgg11", "cifar_vgg13", "cifar_vgg_small"),
+    ],
 )
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (13, 20), (1, 1)])
 @torch.no_grad()
@@ -249,11 +253,82 @@ def test_every_example_name_is_a_network(name: str) -> None:
     [
         *("cifar_resnet2", "cifar_resnet21", "cifar_vgg12", "cifar_resnet", "resnet20"),
         *("cifar_vgg16x", "cifar_resnet101", "cifar_vgg18", "cifar_vgg_smal"),
+        *("cifar_resnet_columns", "mlp2", "mpl"),
     ],
 )
 def test_other_names_are_no_cifar_network(name: str) -> None:
     """A depth that is not 6n + 2, an unknown VGG, or another family."""
     assert find_network(name) is None
+
+
+# ---- the networks that are grown
+
+
+def test_the_growing_networks_of_mnist_and_digits_read_all_pixels() -> None:
+    """784 -> 128 of the paper's MNIST, 64 -> 128 of the digits, 128 -> 128 after that."""
+    for side, pixels in ((28, 784), (8, 64)):
+        config = ModelConfig("mlp", side=side, blocks=(3,))
+        model = ModelSpec.of(config, num_classes=10, in_chans=1).build()
+        shapes = [tuple(p.shape) for name, p in model.named_parameters() if "weight" in name]
+        assert shapes == [(128, pixels), (128, 128), (128, 128), (10, 128)]
+        (stage,) = stages(model)
+        assert (stage.name, stage.num_blocks, stage.kind) == ("hidden", 3, "Unit")
+
+
+@torch.no_grad()
+def test_an_mlp_is_its_matrices_with_relu_between() -> None:
+    spec = ModelSpec("mlp", 3, 2, {"side": 4, "width": 5, "blocks": [2]})
+    model = spec.build()
+    images = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = images.flatten(1)
+    for unit in model.get_submodule("hidden"):  # type: ignore[union-attr]
+        x = (x @ unit.linear.weight.T + unit.linear.bias).clamp(min=0)
+    expected = x @ model.get_parameter("fc.weight").T + model.get_parameter("fc.bias")
+    torch.testing.assert_close(model(images), expected)
+
+
+@torch.no_grad()
+def test_an_mlp_averages_larger_images_and_refuses_smaller_ones() -> None:
+    """The remedy is in the line; of images of its own size it reads each pixel."""
+    spec = ModelSpec("mlp", 10, 1, {"side": 8})
+    model, images = spec.build(), torch.rand(3, 1, 16, 24)
+    assert isinstance(model, Mlp)
+    torch.testing.assert_close(model(images), model(F.avg_pool2d(images, (2, 3))))
+    with pytest.raises(UserError, match=r"'mlp' does not take .* 1x7x9: .*set model.side = 7"):
+        require_shapes(model, "mlp", [(1, 7, 9)])
+
+
+def test_the_growing_network_of_cifar_has_one_stage_of_like_blocks() -> None:
+    """A 7x7 convolution to 8 channels, then basic blocks of 8 channels that change nothing else."""
+    spec = ModelSpec.of(ModelConfig("cifar_resnet_column", blocks=(3,)), num_classes=10, in_chans=3)
+    model = spec.build()
+    assert isinstance(model, CifarColumn)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [tuple(c.weight.shape) for c in convolutions] == [(8, 3, 7, 7)] + [(8, 8, 3, 3)] * 6
+    (stage,) = stages(model)
+    assert (stage.name, stage.num_blocks, stage.kind) == ("blocks", 3, "BasicBlock")
+    shapes: list[tuple[int, ...]] = []
+    model.blocks.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    model(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 8, 32, 32)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "cifar_resnet_column"])
+def test_a_growing_network_has_one_block_and_one_stage(name: str) -> None:
+    (stage,) = stages(ModelSpec(name, 10, 1).outline())
+    assert stage.num_blocks == 1
+    with pytest.raises(UserError, match="give one number, it has one stage"):
+        ModelSpec(name, 10, 1, {"blocks": [1, 2]}).build()
+
+
+@torch.no_grad()
+def test_a_basic_block_can_begin_as_its_shortcut() -> None:
+    model = build("cifar_resnet8").eval()
+    block = model.get_submodule("stages.0.0")
+    assert isinstance(block, BasicBlock)
+    block.zero_init_last()
+    x = torch.rand(2, 16, 6, 6)
+    assert torch.equal(block(x), x)
 
 
 # ---- building
@@ -381,6 +456,11 @@ def test_an_unknown_model_has_a_near_miss(name: str, near: str) -> None:
         ),
         ({"norm": "layer"}, "norm = 'layer': must be one of batch, group"),
         ({"width": 0}, "width = 0: must be at least 1"),
+        ({"name": "mlp", "side": 0}, "side = 0: must be at least 1"),
+        ({"name": "mlp", "norm": "group"}, "norm is no option of mlp"),
+        ({"name": "mlp", "drop_rate": 0.1}, "drop_rate is no option of mlp"),
+        ({"side": 8}, "side is no option of cifar_resnet20"),
+        ({"name": "resnet18", "side": 8}, "side is no option of resnet18"),
     ],
 )
 def test_an_option_that_does_not_belong_is_named(arguments: dict[str, Any], message: str) -> None:
@@ -408,6 +488,8 @@ def test_known_names_are_accepted(name: str) -> None:
         ("vit_tiny_patch16_224", (5,)),
         ("cifar_resnet20", (1, 2, 4)),
         ("cifar_resnet18", (1, 2, 4, 1)),
+        ("cifar_resnet_column", (4,)),
+        ("mlp", (4,)),
     ],
 )
 def test_a_network_may_have_other_numbers_of_blocks(name: str, blocks: tuple[int, ...]) -> None:
@@ -460,6 +542,7 @@ def test_a_wrong_number_of_blocks_is_refused(name: str, blocks: tuple[int, ...])
     [
         ("cifar_resnet8", {"fc.weight", "fc.bias"}, {"conv1.weight"}),
         ("cifar_vgg_small", {"fc.weight", "fc.bias"}, {"stages.0.0.0.weight"}),
+        ("mlp", {"fc.weight", "fc.bias"}, {"hidden.0.linear.weight"}),
         ("resnet18", {"fc.weight", "fc.bias"}, {"conv1.weight"}),
         ("test_vit", {"head.weight", "head.bias"}, {"patch_embed.proj.weight"}),
     ],

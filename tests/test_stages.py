@@ -13,6 +13,8 @@ FOUND = {
     "cifar_resnet20": "stages.0 3, stages.1 3, stages.2 3",
     "cifar_resnet18": "stages.0 2, stages.1 2, stages.2 2, stages.3 2",
     "cifar_resnet34": "stages.0 3, stages.1 4, stages.2 6, stages.3 3",
+    "cifar_resnet_column": "blocks 1",
+    "mlp": "hidden 1",
     "cifar_vgg_small": "stages.0 2, stages.1 2, stages.2 2",
     "cifar_vgg11": "stages.0 1, stages.1 1, stages.2 2, stages.3 2, stages.4 2",
     "cifar_vgg16": "stages.0 2, stages.1 2, stages.2 3, stages.3 3, stages.4 3",

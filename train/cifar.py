@@ -7,6 +7,8 @@ with a 1x1 convolution where a shortcut changes shape, as in Frankle et al.
 and Zisserman, 1409.1556).
 `cifar_vgg_small`: the VGG-Small of the papers on binary networks, whose one linear layer reads a
 map of 4x4 (as in IR-Net, Qin et al. 2020, 1909.10788).
+`cifar_resnet_column`: one stage of basic blocks, all alike, behind a 7x7 convolution, to be grown
+(Recursive growth, 2109.03862: 8 channels).
 All take images of any size, and on request a normalisation that does not depend on the batch, or
 the sign for an activation. Each activation comes after the pooling, and before the next
 convolution: for ReLU that is as good as the other order, for the sign only this has a gradient.
@@ -61,6 +63,10 @@ class BasicBlock(nn.Module):
         summed: Tensor = self.act2(self.norm2(self.conv2(out)) + self.shortcut(x))
         return summed
 
+    def zero_init_last(self) -> None:
+        """Leaves of the block its shortcut, as timm's blocks do."""
+        nn.init.zeros_(self.norm2.get_parameter("weight"))
+
 
 class CifarResNet(nn.Module):
     """`[N, in_chans, H, W]` to `[N, num_classes]` through stages of `width`, 2 `width`, ...
@@ -102,10 +108,44 @@ class CifarResNet(nn.Module):
             stages.append(nn.Sequential(*units))
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(channels, num_classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.stages(self.act1(self.norm1(self.conv1(x))))
+        scores: Tensor = self.fc(out.mean((2, 3)))
+        return scores
+
+
+class CifarColumn(nn.Module):
+    """`[N, in_chans, H, W]` to `[N, num_classes]` through one stage of blocks of one size.
+
+    It has at least one block: a network of none would have stem and classifier alone, and nothing
+    to prune where these are left dense.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        width: int = 8,
+        norm: str = "batch",
+        activation: str = "relu",
+        blocks: Sequence[int] = (1,),
+    ) -> None:
+        super().__init__()
+        (count,) = one_stage(blocks)
+        make_norm = NORMS[norm]
+        self.conv1 = nn.Conv2d(in_chans, width, 7, 1, 3, bias=False)
+        self.norm1 = make_norm(width)
+        self.act1 = ACTIVATIONS[activation]()
+        block = partial(BasicBlock, stride=1, norm=make_norm, activation=activation)
+        self.blocks = nn.Sequential(*(block(width, width) for _ in range(count)))
+        self.fc = nn.Linear(width, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.blocks(self.act1(self.norm1(self.conv1(x))))
         scores: Tensor = self.fc(out.mean((2, 3)))
         return scores
 
@@ -128,7 +168,7 @@ class CifarVgg(nn.Module):
         self.stages = _vgg_stages(in_chans, channels, VGG_STAGES[depth], NORMS[norm], activation)
         self.act = ACTIVATIONS[activation]()
         self.fc = nn.Linear(channels[-1], num_classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         *inner, last = self.stages
@@ -161,7 +201,7 @@ class CifarVggSmall(nn.Module):
         self.stages = _vgg_stages(in_chans, channels, (2, 2, 2), NORMS[norm], activation)
         self.act = ACTIVATIONS[activation]()
         self.fc = nn.Linear(channels[-1] * self._SIDE**2, num_classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         *inner, last = self.stages
@@ -201,7 +241,7 @@ def _pooled(x: Tensor, side: int) -> Tensor:
     return F.max_pool2d(x, (height // side, width // side))  # the same, and known to ONNX
 
 
-def _initialise(model: nn.Module) -> None:
+def initialise(model: nn.Module) -> None:
     """He normal (fan in) for every convolution and linear weight, as in Frankle et al."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -210,10 +250,17 @@ def _initialise(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def one_stage(blocks: Sequence[int]) -> Sequence[int]:
+    """`blocks` of a network of one stage. Raises `ValueError` for those of several."""
+    if len(blocks) != 1:
+        raise ValueError(f"blocks = {list(blocks)}: give one number, it has one stage")
+    return blocks
+
+
 def find_network(name: str) -> Callable[..., nn.Module] | None:
     """The constructor of `cifar_resnet20` or `cifar_vgg16`, without its depth; else `None`."""
-    if name == "cifar_vgg_small":
-        return CifarVggSmall
+    if name in _WITHOUT_DEPTH:
+        return _WITHOUT_DEPTH[name]
     match = re.fullmatch(r"cifar_(resnet|vgg)(\d{1,4})", name)
     if match is None:
         return None
@@ -227,8 +274,12 @@ def find_network(name: str) -> Callable[..., nn.Module] | None:
     return None
 
 
+_WITHOUT_DEPTH: dict[str, Callable[..., nn.Module]] = {
+    "cifar_resnet_column": CifarColumn,
+    "cifar_vgg_small": CifarVggSmall,
+}
 EXAMPLES = (
     *(f"cifar_resnet{depth}" for depth in (8, 14, 18, 20, 32, 34, 44, 56, 110)),
     *(f"cifar_vgg{depth}" for depth in VGG_STAGES),
-    "cifar_vgg_small",
+    *_WITHOUT_DEPTH,
 )

@@ -1,8 +1,8 @@
-"""Models by name: any timm model, and the CIFAR networks of the papers."""
+"""Models by name: any timm model, and the small networks of the papers."""
 
 import inspect
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from data.errors import UserError, did_you_mean
 from train import cifar
 from train.activations import SIGN_TAKERS, check_activation, is_plain_resnet, with_sign
+from train.mlp import Mlp
 from train.stages import described, stages
 
 _MOST_BLOCKS = 1000
@@ -28,12 +29,15 @@ class ModelConfig:
     """Which network is trained."""
 
     name: str = "cifar_resnet20"
-    """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_vgg{11,13,16,19} or
-    cifar_vgg_small"""
+    """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_resnet_column,
+    cifar_vgg{11,13,16,19}, cifar_vgg_small or mlp"""
     width: int | None = None
     """channels of the first stage, CIFAR networks and timm ResNets (default: 16 for
-    cifar_resnet{6n+2}, 128 for cifar_vgg_small, else 64; where blocks are bottlenecks, that of
-    their inner convolutions)"""
+    cifar_resnet{6n+2}, 8 for cifar_resnet_column, 128 for cifar_vgg_small, else 64; where blocks
+    are bottlenecks, that of their inner convolutions), or units of a layer of mlp (128)"""
+    side: int | None = None
+    """mlp: it reads images of side x side pixels, to which larger ones are averaged (default: 28,
+    as MNIST's are)"""
     norm: str | None = None
     """batch or group, CIFAR networks only (default: batch)"""
     activation: str | None = None
@@ -41,7 +45,7 @@ class ModelConfig:
     blocks"""
     blocks: tuple[int, ...] | None = None
     """blocks in each stage, in place of those of the name: 2 3 4 3 for a ResNet between 18 and 34;
-    CIFAR ResNets, and of timm what takes layers, depths or depth (ResNet, ConvNeXt, ViT)"""
+    CIFAR ResNets, mlp, and of timm what takes layers, depths or depth (ResNet, ConvNeXt, ViT)"""
     drop_rate: float | None = None
     """dropout before the classifier, timm models only"""
     drop_path_rate: float | None = None
@@ -51,20 +55,22 @@ class ModelConfig:
     mostly true); timm's ResNets, RegNets and relatives"""
 
     def __post_init__(self) -> None:
-        small = cifar.find_network(self.name) is not None
+        small = find_network(self.name) is not None
         if not small and not timm.is_model(self.name):
-            known = [*cifar.EXAMPLES, *timm.list_models()]
+            known = [*EXAMPLES, *timm.list_models()]
             raise ValueError(
                 f"name = {self.name!r} is no timm model and no CIFAR network"
                 f"{did_you_mean(self.name, known)}"
             )
-        for option in _OF_TIMM if small else ("norm",):
+        for option in _foreign(self.name, small):
             if getattr(self, option) is not None:
                 raise ValueError(f"{option} is no option of {self.name}")
         if self.norm is not None and self.norm not in cifar.NORMS:
             raise ValueError(f"norm = {self.norm!r}: must be one of {', '.join(cifar.NORMS)}")
-        if self.width is not None and self.width < 1:
-            raise ValueError(f"width = {self.width}: must be at least 1")
+        for option in ("width", "side"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"{option} = {value}: must be at least 1")
         if self.blocks is not None and self.name.startswith("cifar_vgg"):
             raise ValueError(f"blocks is no option of {self.name}")
         if self.blocks is not None:
@@ -135,7 +141,7 @@ class ModelSpec:
 
     def _build(self) -> nn.Module:
         arguments = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.arguments}
-        network = cifar.find_network(self.name)
+        network = find_network(self.name)
         if network is not None:
             return network(**arguments)
         chosen = {name: arguments.pop(name) for name in _TRANSLATED if name in arguments}
@@ -153,6 +159,22 @@ class ModelSpec:
         """The network without memory for its weights (on torch's `meta`). Raises as `build`."""
         with torch.device("meta"):
             return self.build()
+
+
+def find_network(name: str) -> Callable[..., nn.Module] | None:
+    """The constructor of a network that is built here; else `None`."""
+    return Mlp if name == "mlp" else cifar.find_network(name)
+
+
+EXAMPLES = (*cifar.EXAMPLES, "mlp")
+"""of the names of networks that are built here"""
+
+
+def _foreign(name: str, small: bool) -> tuple[str, ...]:
+    """The options that other networks have."""
+    if name == "mlp":
+        return ("norm", *_OF_TIMM)
+    return ("side", *(_OF_TIMM if small else ("norm",)))
 
 
 def _check_blocks(blocks: Any) -> None:
