@@ -155,4 +155,4 @@ def foresee_dual(stage: str, config: DualConfig, settings: Settings, outlook: Ou
                 f"stages.{stage}: {settings.model.name}: layer {layer} has 1 weight, of which none "
                 f"can go: leave it dense with exclude = {layer!r}"
             )
-    return Promise(settings.model, tuple(range(len(config.density))))
+    return Promise(dict.fromkeys(range(len(config.density)), settings.model))

@@ -120,4 +120,4 @@ def foresee_dynamic(
         prunable(spec.outline(), config.exclude)
     except UserError as error:
         raise UserError(f"stages.{stage}: {settings.model.name}: {error}") from None
-    return Promise(settings.model, tuple(range(len(config.density))))
+    return Promise(dict.fromkeys(range(len(config.density)), settings.model))

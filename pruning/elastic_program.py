@@ -100,7 +100,7 @@ def foresee_elastic(
     """What the stage will have made. Raises `UserError` for what is known to fail."""
     finished = finished_levels(outlook.run, stage, config.controls)
     if finished is not None:
-        return Promise(settings.model, tuple(finished))
+        return Promise(dict.fromkeys(finished, settings.model))
     where, levels = f"stages.{stage}.ticket", []
     for level, source in outlook.sources(where, config.ticket, config.levels):
         target = ModelSpec.of(
@@ -110,7 +110,7 @@ def foresee_elastic(
             there, here = source.outline(), target.outline()
             transform(there.state_dict(), config.change(there, here), here.state_dict())
         levels.append(level)
-    return Promise(settings.model, tuple(levels))
+    return Promise(dict.fromkeys(levels, settings.model))
 
 
 def run_elastic(session: Session, stage: str, config: ElasticConfig) -> None:

@@ -100,7 +100,7 @@ def foresee_imp(stage: str, config: ImpConfig, settings: Settings, outlook: Outl
             f"its mode is {config.mode!r}, which keeps no weights of step k to train another "
             "ticket from; set mode = 'weights' there"
         )
-    return Promise(settings.model, tuple(range(config.num_rounds + 1)), lacking)
+    return Promise(dict.fromkeys(range(config.num_rounds + 1), settings.model), lacking)
 
 
 def run_imp(session: Session, stage: str, config: ImpConfig) -> list[Ticket]:

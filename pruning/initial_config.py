@@ -159,4 +159,4 @@ def foresee_initial(
             config.kept({name: shape for name, shape in shapes.items() if name not in stem})
     except UserError as error:
         raise UserError(f"stages.{stage}: {settings.model.name}: {error}") from None
-    return Promise(settings.model, tuple(range(config.num_levels)))
+    return Promise(dict.fromkeys(range(config.num_levels), settings.model))

@@ -147,10 +147,10 @@ def foresee_multiprize(
     except UserError as error:
         raise UserError(f"stages.{stage}: {settings.model.name}: {error}") from None
     if config.ticket is None:
-        return Promise(settings.model, tuple(range(len(config.densities))))
+        return Promise(dict.fromkeys(range(len(config.densities)), settings.model))
     finished = finished_levels(outlook.run, stage)
     if finished is not None:
-        return Promise(settings.model, tuple(finished))
+        return Promise(dict.fromkeys(finished, settings.model))
     where = f"stages.{stage}.ticket"
     found = outlook.sources(where, config.ticket, config.levels, needed="masks")
     for _, source in found:
@@ -158,7 +158,7 @@ def foresee_multiprize(
             settings.model, num_classes=source.num_classes, in_chans=source.in_chans
         )
         require_layers(where, source.name, shapes_of(source), shapes_of(here))
-    return Promise(settings.model, tuple(level for level, _ in found))
+    return Promise(dict.fromkeys((level for level, _ in found), settings.model))
 
 
 def shapes_of(spec: ModelSpec) -> dict[str, Shape]:

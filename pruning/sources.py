@@ -106,8 +106,8 @@ def require_weights(ticket: Ticket) -> None:
 class Promise:
     """What a stage will have made when it ends."""
 
-    model: ModelConfig
-    levels: tuple[int, ...]
+    models: Mapping[int, ModelConfig]
+    """the levels, and of which network the ticket of each will be"""
     no_weights: str = ""
     """why its tickets will have no weights of step k, if they will not"""
 
@@ -143,10 +143,10 @@ class Outlook:
         promise = self.earlier.get(place.rstrip("/"))
         if promise is None:
             raise UserError(f"{where} = {place!r}: {self._unknown(place)}")
-        chosen = _chosen(f"{where} = {place!r}", levels, promise.levels)
+        chosen = _chosen(f"{where} = {place!r}", levels, list(promise.models))
         if promise.no_weights and needed == "start":
             raise UserError(f"{where} = {place!r}: {promise.no_weights}")
-        return [(level, ModelSpec.of(promise.model, **_ANY)) for level in chosen]
+        return [(level, ModelSpec.of(promise.models[level], **_ANY)) for level in chosen]
 
     def _unknown(self, place: str) -> str:
         near = did_you_mean(place, self.earlier)
