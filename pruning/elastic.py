@@ -145,7 +145,7 @@ class DepthChange:
     source: tuple[Stage, ...]
     target: tuple[Stage, ...]
     maps: tuple[tuple[int, ...], ...]
-    """an index map a stage"""
+    """an index map a stage; further blocks of the target's stage are new"""
 
     @classmethod
     def between(
@@ -159,17 +159,7 @@ class DepthChange:
 
         Raises `UserError` where they are of different families, or the maps do not fit them.
         """
-        if not source or not target:
-            raise UserError("no list of like blocks, whose number could change")
-        kinds = [[stage.kind for stage in found] for found in (source, target)]
-        if len(source) != len(target):
-            raise UserError(
-                f"another number of stages: {described(source)} there, {described(target)} here"
-            )
-        for one, other, kind, wanted in zip(source, target, *kinds, strict=True):
-            if kind != wanted:
-                raise UserError(f"{one.name} has blocks {kind} there, {other.name} {wanted} here")
-        pairs = list(zip(source, target, strict=True))
+        pairs = _paired(source, target)
         if maps is None:
             found = [_between(a, b, order) for a, b in pairs]
         else:
@@ -177,13 +167,38 @@ class DepthChange:
             _require_fit("|".join(map(_format_stage, maps)), found, pairs)
         return cls(tuple(source), tuple(target), tuple(map(tuple, found)))
 
+    @classmethod
+    def appending(cls, source: Sequence[Stage], target: Sequence[Stage]) -> "DepthChange":
+        """The change that leaves every block where it is; what the target has more is new.
+
+        Raises `UserError` where they are of different families, or the target has fewer.
+        """
+        for one, other in _paired(source, target):
+            if other.blocks[: one.num_blocks] != one.blocks:
+                raise UserError(f"{other.name} does not begin with the blocks of {one.name}")
+        kept = tuple(tuple(range(stage.num_blocks)) for stage in source)
+        return cls(tuple(source), tuple(target), kept)
+
+    @property
+    def new_blocks(self) -> list[str]:
+        """With what the names of the tensors of the new blocks begin."""
+        return [
+            here.prefix(block)
+            for here, blocks in zip(self.target, self.maps, strict=True)
+            for block in range(len(blocks), here.num_blocks)
+        ]
+
+    def is_new(self, name: str) -> bool:
+        """Whether a target tensor belongs to a block that comes from none."""
+        return name.startswith(tuple(self.new_blocks))
+
     @property
     def replicates(self) -> bool:
         """Whether any block of the target is a further copy of one that is there already."""
         return any(len(set(blocks)) < len(blocks) for blocks in self.maps)
 
     def origin(self, name: str) -> str:
-        """The source tensor that the target tensor `name` is a copy of."""
+        """The source tensor that the target tensor `name` is a copy of, unless it is new."""
         for stage, here, blocks in zip(self.source, self.target, self.maps, strict=True):
             for target, block in enumerate(blocks):
                 if name.startswith(here.prefix(target)):
@@ -206,6 +221,23 @@ class DepthChange:
             for block in range(stage.num_blocks)
             if block not in blocks
         )
+
+
+def _paired(source: Sequence[Stage], target: Sequence[Stage]) -> list[tuple[Stage, Stage]]:
+    """The stages of two networks side by side. Raises `UserError` if these are not alike."""
+    if not source or not target:
+        raise UserError("no list of like blocks, whose number could change")
+    if len(source) != len(target):
+        raise UserError(
+            f"another number of stages: {described(source)} there, {described(target)} here"
+        )
+    pairs = list(zip(source, target, strict=True))
+    for one, other in pairs:
+        if one.kind != other.kind:
+            raise UserError(
+                f"{one.name} has blocks {one.kind} there, {other.name} {other.kind} here"
+            )
+    return pairs
 
 
 def _between(source: Stage, target: Stage, order: Order) -> list[int]:
@@ -238,11 +270,11 @@ def transform(
 ) -> dict[str, Tensor]:
     """A state of the target network from one of the source: weights and buffers, or masks.
 
-    `target` holds the names that it must have, with their shapes. Every tensor is a copy of its
-    own. Raises `UserError` naming what the source does not have, has left over, or has in another
-    shape.
+    `target` holds the names that it must have, with their shapes; those of new blocks are left
+    out. Every tensor is a copy of its own. Raises `UserError` naming what the source does not have,
+    has left over, or has in another shape.
     """
-    origins = {name: change.origin(name) for name in target}
+    origins = {name: change.origin(name) for name in target if not change.is_new(name)}
     for name, origin in origins.items():
         if origin not in tensors:
             raise UserError(f"nothing to make {name} from: the source has no {origin}")
