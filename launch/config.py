@@ -306,9 +306,8 @@ def _picked(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for key in keys:
         section, _, leaf = key.partition(".")
-        value = _plain(getattr(settings, section)).get(leaf)
-        if value is not None:
-            document.setdefault(section, {})[leaf] = value
+        value = _plain(getattr(settings, section)).get(leaf, "None")  # in place of the run's
+        document.setdefault(section, {})[leaf] = value
     return document
 
 

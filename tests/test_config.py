@@ -113,6 +113,16 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None
     assert flat(tomllib.loads(written.read_text()))["stages.longer.train.total"] == "9ep"
 
 
+def test_a_stage_may_take_back_what_the_run_has(tmp_path: Path) -> None:
+    """As the word, in config.toml too."""
+    text = TOML + '\n[[stages]]\nname = "wide"\nrecipe = "imp"\nmodel.width = "None"\n'
+    config = read_config(write_config(tmp_path, text))
+    assert [stage.settings.model.width for stage in config.stages] == [4, None]
+    written = tmp_path / "config.toml"
+    written.write_text(tomli_w.dumps(config.document()))
+    assert read_config(str(written)) == config
+
+
 def test_a_file_without_a_name_is_named_by_its_file(tmp_path: Path) -> None:
     path = write_config(tmp_path, TOML.replace('name = "tiny"', "", 1))
     assert read_config(path).settings.name == "tiny"
