@@ -16,6 +16,8 @@ from pruning.dynamic_program import run_dynamic
 from pruning.earlybird_config import EarlyBirdConfig, foresee_earlybird
 from pruning.earlybird_program import run_earlybird
 from pruning.elastic_program import ElasticConfig, foresee_elastic, run_elastic
+from pruning.growth_config import GrowthConfig, foresee_growth
+from pruning.growth_program import run_growth
 from pruning.imp import ImpConfig, foresee_imp, run_imp
 from pruning.initial_config import InitialConfig, foresee_initial
 from pruning.initial_program import run_initial
@@ -51,5 +53,6 @@ RECIPES = {
     "dynamic": Recipe(DynamicConfig, run_dynamic, foresee_dynamic),
     "dual": Recipe(DualConfig, run_dual, foresee_dual, DUAL_DEFAULTS),
     "earlybird": Recipe(EarlyBirdConfig, run_earlybird, foresee_earlybird),
+    "growth": Recipe(GrowthConfig, run_growth, foresee_growth),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

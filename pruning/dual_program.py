@@ -10,7 +10,6 @@ transformations and all trainings their order of data; the moving average of `tr
 the training; `budget` stretches the schedule over all of its steps.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
@@ -19,12 +18,11 @@ from torch import Tensor
 from data.errors import UserError
 from pruning.dual import Going, Transformation
 from pruning.dual_config import Control, DualConfig
-from pruning.program import Arm, masks_of, train_ticket
+from pruning.program import Arm, around, masks_of, train_ticket
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights, write_weights
-from train.evaluate import Evaluation
-from train.schedule import Schedule, constant
+from train.schedule import constant, stretched
 from train.session import Phase, Session, Start
 
 
@@ -107,7 +105,7 @@ class _Dual:
                 start=lambda: Start(self._initial),
                 first_step=0,
                 stop=stop,
-                schedule=_stretched(self.session.schedule, total, stop),
+                schedule=stretched(self.session.schedule, total, stop),
                 seed_labels=("dual", "order"),
                 weights=self._store,
                 parent=ticket,
@@ -144,30 +142,6 @@ class _Dual:
         outcome = session.train(phase, self.network, Start(self._initial), make_sparsity)
         masks.project_(self.network.module)
         after = session.evaluate(self.network.module)
-        self._record(f"level-{level:02d}", after)
+        session.record_start(self.stage, f"level-{level:02d}", after)
         weights = {k: v.cpu().clone() for k, v in self.network.module.state_dict().items()}
-        return _Transformed(weights, _around_the_removal(outcome.evaluations, after))
-
-    def _record(self, level: str, after: Mapping[str, Evaluation]) -> None:
-        """Records what the removal leaves: the first fact of the training that follows."""
-        place = {"event": "evaluation", "stage": self.stage, "level": level, "step": 0}
-        for split, result in after.items():
-            self.session.recorder.record({**place, "split": split, **asdict(result)})
-        self.session.recorder.sync()
-
-
-def _around_the_removal(
-    before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
-) -> dict[str, dict[str, float]]:
-    return {
-        split: {
-            "accuracy_before_removal": before[split].accuracy,
-            "accuracy_after_removal": after[split].accuracy,
-        }
-        for split in after
-    }
-
-
-def _stretched(schedule: Schedule, total: int, stop: int) -> Schedule:
-    """A schedule of `total` steps over `stop` steps."""
-    return lambda step: schedule(step * total // stop)
+        return _Transformed(weights, around("removal", outcome.evaluations, after))

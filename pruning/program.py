@@ -19,6 +19,7 @@ from pruning.signed_weights import SignedWeights
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
 from pruning.weight_store import StoredWeights
+from train.evaluate import Evaluation
 from train.models import ModelSpec
 from train.ranks import Ranks
 from train.schedule import Schedule
@@ -56,7 +57,10 @@ class Arm:
     weights: Callable[[Start], StoredWeights | SignedWeights | None] = lambda start: None
     """stores the state that the ticket starts from; called when the training is done"""
     measured: Callable[[], Mapping[str, Mapping[str, float]]] = dict
-    """what was measured beside the end of the training, by split; called when that is done"""
+    """what was measured beside the end of the training, by split, or by another name; called when
+    that is done"""
+    evaluate_every: int | None = None
+    """steps between two evaluations in the training (default: as `train.evaluate` says)"""
     keep: frozenset[int] = frozenset()
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -66,10 +70,16 @@ class Arm:
         return f"level-{self.level:02d}" + (f"-{self.method}" if self.control else "")
 
 
-def train_ticket(session: Session, tickets: TicketFolder, network: Network, arm: Arm) -> Ticket:
+def train_ticket(
+    session: Session,
+    tickets: TicketFolder,
+    network: Network | Callable[[], Network],
+    arm: Arm,
+) -> Ticket:
     """The finished ticket of an arm; trains only what is not finished yet.
 
-    It has the masks with which the training ended. Raises `RunError` where the ranks come to
+    It has the masks with which the training ended. `network` may build it: it is asked for once
+    the arm has started, and not for a finished one. Raises `RunError` where the ranks come to
     different masks.
     """
     engine = session.engine
@@ -88,7 +98,9 @@ def train_ticket(session: Session, tickets: TicketFolder, network: Network, arm:
         schedule=arm.schedule,
         seed_labels=arm.seed_labels,
         keep=arm.keep,
+        evaluate_every=arm.evaluate_every,
     )
+    network = network() if callable(network) else network
     outcome = session.train(phase, network, start, arm.sparsity(chosen.to(engine.device)))
     masks = Masks(outcome.sparsity.masks).to("cpu")
     engine.require_same(masks.digest(), f"the masks of {arm.stage}/{arm.name}")
@@ -115,6 +127,19 @@ def masks_of(tickets: TicketFolder, ticket: Ticket, ranks: Ranks) -> Masks:
     """The masks of a ticket of the run, on every rank. Raises `RunError` with the remedy."""
     with _remedy(tickets, ticket.stage, ticket.name):
         return ticket.read(ranks).masks
+
+
+def around(
+    what: str, before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
+) -> dict[str, dict[str, float]]:
+    """By split, the accuracies just before and just after a step that takes weights away."""
+    return {
+        split: {
+            f"accuracy_before_{what}": before[split].accuracy,
+            f"accuracy_after_{what}": after[split].accuracy,
+        }
+        for split in after
+    }
 
 
 @contextlib.contextmanager
@@ -168,11 +193,10 @@ def _describe(
 
 def _metrics(outcome: Outcome, arm: Arm) -> dict[str, dict[str, float]]:
     """What is known of each split, at the end of the training and besides; and of the sparsity."""
-    measured, facts = arm.measured(), outcome.sparsity.facts()
-    metrics = {
-        split: {**asdict(result), **measured.get(split, {})}
-        for split, result in outcome.evaluations.items()
-    }
+    metrics = {split: asdict(result) for split, result in outcome.evaluations.items()}
+    for name, values in arm.measured().items():
+        metrics[name] = {**metrics.get(name, {}), **values}
+    facts = outcome.sparsity.facts()
     return {**metrics, "sparsity": facts} if facts else metrics
 
 

@@ -35,9 +35,18 @@ def trained_weights(
             f"{folder}: no checkpoint of the end of the training: trained weights are only in "
             "the folder of a level in its run"
         )
-    state = Checkpoints(folder, ranks, keep=1).load(last, skip=("optimizer/",))
-    trained: dict[str, Tensor] = state.get("ema") or state.get("model") or {}
+    trained = state_after(level, last, ranks)
     ticket.require_fit(trained)
+    return trained
+
+
+def state_after(level: Folder, step: int, ranks: Ranks) -> dict[str, Tensor]:
+    """The state that a training had reached at a step, averaged (EMA) if it was; on the CPU.
+
+    `level` is the training's folder. Raises `RunError` where the checkpoint is missing or damaged.
+    """
+    state = Checkpoints(level / "checkpoints", ranks, keep=1).load(step, skip=("optimizer/",))
+    trained: dict[str, Tensor] = state.get("ema") or state.get("model") or {}
     return trained
 
 

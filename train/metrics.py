@@ -46,6 +46,7 @@ class Recorder:
         self._known = {_identity(record) for record in records}
         self._rates: dict[tuple[str, str], list[float]] = {}
         self._replaced: Counter[tuple[str, str]] = Counter()
+        self._curves: dict[tuple[str, str, str], dict[int, float]] = {}
         for record in records:
             self._remember(record)
         config = config or LogConfig()
@@ -83,11 +84,18 @@ class Recorder:
         """How many training images of a level were replaced, over all attempts at it (rank 0)."""
         return self._replaced[stage, level]
 
+    def curve(self, stage: str, level: str, split: str) -> dict[int, float]:
+        """The accuracies of a level's training by their steps, over all attempts (rank 0)."""
+        return dict(sorted(self._curves.get((stage, level, split), {}).items()))
+
     def _remember(self, record: dict[str, Any]) -> None:
         place = (str(record.get("stage")), str(record.get("level")))
         rate = (record.get("timing") or {}).get("images_per_second")
         if rate is not None:
             self._rates.setdefault(place, []).append(rate)
+        if record.get("event") == "evaluation":
+            curve = self._curves.setdefault((*place, str(record.get("split"))), {})
+            curve[int(record["step"])] = record["accuracy"]
         if record.get("event") == "replaced":
             self._replaced[place] += 1
 

@@ -66,6 +66,11 @@ def build_schedule(config: ScheduleConfig, *, steps_per_epoch: int, total_steps:
     return factor
 
 
+def stretched(schedule: Schedule, total: int, stop: int) -> Schedule:
+    """A schedule of `total` steps over `stop` steps, more or fewer."""
+    return lambda step: schedule(step * total // stop)
+
+
 def constant(factor: float) -> Schedule:
     """The same factor at every step."""
     return lambda step: factor

@@ -5,8 +5,8 @@ phase, and records what comes of it. Each phase has its own folder of checkpoint
 was interrupted goes on from the newest valid one.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -65,6 +65,8 @@ class Phase:
     """whether the moving average of `train.ema` is kept and measured, where there is one"""
     ended: Callable[[Sparsity], bool] = lambda sparsity: False
     """what ends it before `stop`, on all ranks alike; that step's checkpoint stays, too"""
+    evaluate_every: int | None = None
+    """steps between two evaluations of the held-out images (default: as `train.evaluate` says)"""
 
     @property
     def name(self) -> str:
@@ -167,6 +169,11 @@ class Session:
             )
 
     @property
+    def held_out(self) -> str:
+        """The split that is measured while a training goes on."""
+        return "validation" if "validation" in self.data.evaluation else "test"
+
+    @property
     def schedule(self) -> Schedule:
         """The learning rate's factor over the whole training."""
         return build_schedule(
@@ -262,7 +269,7 @@ class Session:
             self.recorder,
             self.display,
             self.signals,
-            held_out=self._held_out(),
+            held_out=(self.held_out, self.data.evaluation[self.held_out]),
             identity={"stage": phase.stage, "level": phase.level},
         )
         with checkpoints:
@@ -272,6 +279,13 @@ class Session:
             instruments.record_evaluation(state, split, result)
         self.recorder.sync()
         return Outcome(evaluations, state.sparsity, state.step)
+
+    def record_start(self, stage: str, level: str, reached: Mapping[str, Evaluation]) -> None:
+        """Records what a training of its own begins with: the first fact, of step 0."""
+        place = {"event": "evaluation", "stage": stage, "level": level, "step": 0}
+        for split, result in reached.items():
+            self.recorder.record({**place, "split": split, **asdict(result)})
+        self.recorder.sync()
 
     def evaluate(self, model: nn.Module) -> dict[str, Evaluation]:
         """What a model reaches on each split that is held out."""
@@ -330,13 +344,9 @@ class Session:
                 seed=self.seed(*phase.seed_labels),
             ),
             log_every=settings.log.every,
-            evaluate_every=None if every is None else steps(every),
+            evaluate_every=phase.evaluate_every or (None if every is None else steps(every)),
             save_every=None if save is None else steps(save),
             keep=phase.keep | {phase.stop},
             eval_flip=settings.train.eval_flip,
             ended=phase.ended,
         )
-
-    def _held_out(self) -> tuple[str, Any]:
-        split = "validation" if "validation" in self.data.evaluation else "test"
-        return split, self.data.evaluation[split]
