@@ -1,12 +1,15 @@
 """What the stages of a run reached, level by level: what tables, pictures and JSON show."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from data.files import Folder
 from pruning.connectivity import Connectivity, all_results
+from pruning.growth_measures import measures
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
+from train.stages import stages
 
 
 def gathered(folder: Folder, stages: Sequence[str]) -> tuple[list[Ticket], list[Connectivity]]:
@@ -31,6 +34,7 @@ def level_rows(tickets: Sequence[Ticket], stage: str) -> list[dict[str, Any]]:
         controls = [t for t in in_stage if t.control and t.parent == ticket.id]
         row = {
             "level": ticket.level,
+            **({"blocks": blocks(ticket)} if ticket.method == "growth" else {}),
             "density": ticket.density,
             "ticket": accuracy(ticket),
             **{control.method: accuracy(control) for control in controls},
@@ -41,6 +45,23 @@ def level_rows(tickets: Sequence[Ticket], stage: str) -> list[dict[str, Any]]:
             row["gap"] = row["ticket"] - row["imp"]
         rows.append({**row, "images_per_second": ticket.timing["images_per_second"]})
     return rows
+
+
+def growth_rows(tickets: Sequence[Ticket], stage: str) -> list[dict[str, Any]]:
+    """The measures of a stage that grew networks: a row a level of each of its recursions."""
+    rows = []
+    for ticket in (t for t in tickets if t.stage == stage and "growth" in t.metrics):
+        beside = ticket.parent if ticket.control else ticket.id
+        dense = (t for t in tickets if (t.stage, t.method, t.parent) == (stage, "dense", beside))
+        place = {"method": ticket.method, "control": ticket.control, "level": ticket.level}
+        place["blocks"] = blocks(ticket)
+        rows.append({**place, **asdict(measures(ticket, next(dense, None)))})
+    return sorted(rows, key=lambda row: (row["control"], row["method"], row["level"]))
+
+
+def blocks(ticket: Ticket) -> str:
+    """How many blocks each stage of a ticket's network has: 1-1-2."""
+    return "-".join(str(stage.num_blocks) for stage in stages(ticket.outline()))
 
 
 def accuracy(ticket: Ticket) -> float:

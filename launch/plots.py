@@ -26,6 +26,13 @@ _NAMES = {
     "random": "random masks",
     "static": "masks that stay",
     "budget": "random masks, trained longer",
+    "growth": "grown tickets",
+    "dense": "dense, fresh",
+    "unpruned": "grown, not pruned",
+    "ungrown": "pruned, not grown",
+    "reset": "pruned and set back",
+    "reset-budget": "pruned and set back, trained longer",
+    "dense-budget": "dense, trained longer",
 }
 _STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
@@ -106,6 +113,29 @@ def comparison_plot(rows: Sequence[Row]) -> bytes:
     if sparse:
         figure.legend(loc="outside upper center", ncols=len(groups) + 1, frameon=False)
     return _as_png(figure)
+
+
+def growth_plot(tickets: Sequence[Ticket]) -> bytes:
+    """Test accuracy against depth: a line for each recursion and for the dense networks."""
+    figure, axes = _new_figure()
+    stages = list(dict.fromkeys(ticket.stage for ticket in tickets))
+    colours = cycle(_COLOURS)
+    for stage, method in dict.fromkeys((t.stage, t.method) for t in tickets):
+        line = [t for t in tickets if (t.stage, t.method) == (stage, method)]
+        line.sort(key=lambda ticket: ticket.level)
+        label = "random insertions" if method == "random" else _NAMES.get(method, method)
+        axes.plot(
+            [ticket.level for ticket in line],
+            [accuracy(ticket) for ticket in line],
+            marker="s" if line[0].control else "o",
+            markersize=4,
+            color=next(colours),
+            label=label if len(stages) == 1 else f"{stage}: {label}",
+        )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("growths: blocks added")
+    axes.set_ylabel("test accuracy")
+    return _finished(figure, axes)
 
 
 def connectivity_plot(results: Sequence[Connectivity]) -> bytes:

@@ -15,7 +15,7 @@ from data.errors import RunError, UserError
 from data.files import Folder
 from launch.claim import read_run, require_data, stage_names
 from launch.config import Stage
-from launch.levels import compared, gathered, level_rows
+from launch.levels import compared, gathered, growth_rows, level_rows
 from launch.places import find_runs, find_single, find_tickets
 from launch.run import make_engine
 from launch.summary import compare_runs, print_comparison, print_tables
@@ -67,6 +67,7 @@ def _told(console: Console, place: str, root: str) -> dict[str, Any]:
     return {
         "run": str(folder),
         "stages": {stage: level_rows(shown, stage) for stage in stages},
+        "growth": {stage: rows for stage in stages if (rows := growth_rows(shown, stage))},
         "connectivity": [_as_json(result) for result in results],
     }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from data.order import stream_seed
 from launch.cli import run_command
 from pruning.allocate import count_for
+from pruning.growth_measures import early_area, recovery, steps_to
 from pruning.tickets import Ticket
 from train.models import ModelSpec
 
@@ -234,11 +235,38 @@ def test_budgets_are_those_of_the_recursion(finished: Path) -> None:
         assert found == [usual[step * 12 // len(found)] for step in range(len(found))]
 
 
-def test_a_finished_run_trains_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_shows_its_tables_and_trains_nothing(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = ticket_facts(finished)
     run(finished.parent, BASE + GROWTH + CONTROLS)
     assert ticket_facts(finished) == before
-    assert "goes on" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "goes on" not in shown
+    for title in ("growth: test accuracy", "growth: the last level", "what keeping the weights"):
+        assert title in shown
+    assert (finished / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (finished / "accuracy.png").exists()
+
+
+def test_the_report_has_the_measures(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["report", str(finished), "--json"]) == 0
+    (document,) = json.loads(capsys.readouterr().out)
+    assert [row["blocks"] for row in document["stages"]["growth"]] == ["1", "2", "3"]
+    assert set(EVERY) <= set(document["stages"]["growth"][2])
+    rows = document["growth"]["growth"]
+    assert [(row["method"], row["level"]) for row in rows] == [
+        *(("growth", level) for level in (0, 1, 2)),
+        *(("random", level) for level in (1, 2)),
+        *(("ungrown", level) for level in (1, 2)),
+        *(("unpruned", level) for level in (0, 1, 2)),
+    ]
+    assert rows[0]["early_area"] == 1.0  # it is the dense network's own curve
+    assert rows[0]["steps_to_95"] == rows[0]["dense_steps_to_95"]
+    metrics = ticket(finished, "level-02").metrics["test"]
+    dense = ticket(finished, "level-02-dense").metrics["test"]
+    assert rows[2]["gap"] == metrics["accuracy"] - dense["accuracy"]
+    assert rows[2]["before"] == metrics["accuracy_before_pruning"]
 
 
 def test_growth_stops_where_it_is_sparse_and_near_the_dense_network(tmp_path: Path) -> None:
@@ -305,6 +333,30 @@ def test_other_stages_take_grown_tickets(tmp_path: Path) -> None:
     assert [one.config["map"] for one in found] == ["0:0;1:1,2,3", "0:0;1:1,2;2:3"]
     assert [one.parent for one in found] == [ticket(folder, f"level-0{n}").id for n in (1, 2)]
     assert (folder / "stable/level-02/connectivity.json").exists()
+
+
+# ---- the measures
+
+
+def test_steps_to_an_accuracy_are_those_of_the_first_point_that_has_it() -> None:
+    curve = {0: 0.1, 5: 0.6, 10: 0.9, 15: 0.8}
+    assert [steps_to(a, curve) for a in (0.1, 0.55, 0.6, 0.7, 0.95)] == [0, 5, 5, 10, None]
+
+
+def test_the_early_area_is_by_trapezoids_and_relative() -> None:
+    """2.5 (0.5 + 0.7) + 2.5 (0.7 + 0.9) = 7 over 2.5 (0.1 + 0.5) + 2.5 (0.5 + 0.7) = 4.5."""
+    curve = {0: 0.5, 5: 0.7, 10: 0.9, 15: 1.0}
+    dense = {0: 0.1, 5: 0.5, 10: 0.7, 15: 1.0}
+    assert early_area(curve, dense, 10) == pytest.approx(7 / 4.5)
+    assert early_area(curve, dense, 14) == pytest.approx(7 / 4.5)
+    assert early_area(dense, dense, 15) == 1.0
+    assert early_area(curve, {}, 10) is None
+
+
+def test_recovery_is_the_share_of_the_cost_that_came_back() -> None:
+    assert recovery(0.9, 0.5, 0.8) == pytest.approx(0.75)
+    assert recovery(0.9, 0.5, 1.0) == pytest.approx(1.25)
+    assert recovery(0.9, 0.9, 0.95) is None
 
 
 # ---- resumed, and on several ranks
