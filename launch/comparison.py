@@ -2,8 +2,8 @@
 
 A density is compared where at least half of the stages have a ticket of it; the dense networks
 stand above. Two densities are taken for one where they differ by less than a tenth: rounds of
-pruning, copies of blocks and whole channels do not hit a number exactly. Of several tickets of a stage and method at
-one density the last level counts, as of a network that grew.
+pruning, copies of blocks and whole channels do not hit a number exactly. Of several tickets of a
+stage and method at one density the last level counts, as of a network that grew.
 """
 
 import statistics

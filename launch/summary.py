@@ -1,21 +1,17 @@
 """What a run came to: tables in the terminal, and pictures in its folder."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from data.files import Folder
 from launch.claim import stage_names
 from launch.comparison import Row, comparison
-from launch.levels import accuracy, compared, gathered, growth_rows, level_rows
+from launch.levels import compared, gathered
 from launch.plots import accuracy_plot, comparison_plot, connectivity_plot, growth_plot
 from launch.sweep import seed_runs
+from launch.tables import comparison_table, connectivity_table, grew, growth_tables, level_table
 from pruning.connectivity import STABLE, Connectivity
-from pruning.growth_config import OF_LAST
 from pruning.tickets import Ticket
 
 _BESIDE_IMP = "IMP: its own ticket for that network, at the nearest density."
@@ -44,7 +40,7 @@ def summarise(folder: Folder, stages: Sequence[str]) -> None:
     tickets, results = gathered(folder, stages)
     print_tables(console, tickets, results)
     shown = compared(tickets)
-    grown = [ticket for ticket in shown if _grew(shown, ticket.stage)]
+    grown = [ticket for ticket in shown if grew(shown, ticket.stage)]
     pruned = [ticket for ticket in shown if ticket not in grown]
     pictures: dict[str, bytes] = {}
     if pruned:

@@ -65,4 +65,4 @@ def foresee_earlybird(
             count_channels(min(config.density), num_channels, len(layers))
     except UserError as error:
         raise UserError(f"stages.{stage}: {settings.model.name}: {error}") from None
-    return Promise(settings.model, tuple(range(len(config.density))))
+    return Promise(dict.fromkeys(range(len(config.density)), settings.model))
