@@ -20,6 +20,7 @@ _NAMES = {
     "grasp": "GraSP",
     "synflow": "SynFlow",
     "magnitude": "magnitudes",
+    "earlybird": "early-bird tickets",
     "set": "SET",
     "rigl": "RigL",
     "gmp": "gradual magnitude pruning",

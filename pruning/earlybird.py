@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data.errors import RunError
+from data.errors import RunError, UserError
 from pruning.channels import Channels, Of
 from pruning.densities import exact
 from train.ranks import ALONE, Ranks
@@ -96,8 +96,8 @@ class EarlyBird:
             self._look(step + 1)
 
     def _look(self, step: int) -> None:
-        """Raises `UserError` for a density of less than a channel a layer, `RunError` for scales
-        that are not finite, or on all ranks where they see different channels."""
+        """Raises `RunError` for a density that now is less than a channel a layer, for scales that
+        are not finite, and on all ranks where they see different channels."""
         channels, of = self._search.channels, self._search.of
         scores = channels.scores(self._scales)
         for density, queue in self._queues.items():
@@ -105,6 +105,8 @@ class EarlyBird:
                 continue
             try:
                 kept = channels.keep(scores, density, of)
+            except UserError as error:
+                raise RunError(f"after {step} steps {error}, under another --name") from error
             except ValueError as error:
                 raise RunError(
                     f"after {step} steps {error}; no checkpoint holds it. Lower optimizer.lr or "
@@ -123,22 +125,15 @@ class EarlyBird:
 
     def state_dict(self) -> dict[str, Any]:
         """By density its queue, `[masks, channels]`, and the step at which it was drawn."""
-        queues = {str(density): torch.stack(queue) for density, queue in self._filled()}
         return {
-            "queues": queues,
-            "drawn": {str(density): step for density, step in self._drawn.items()},
+            "queues": {
+                str(one): torch.stack(queue) for one, queue in self._queues.items() if queue
+            },
+            "drawn": {str(one): step for one, step in self._drawn.items()},
         }
-
-    def _filled(self) -> list[tuple[float, list[Tensor]]]:
-        return [(density, queue) for density, queue in self._queues.items() if queue]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes queues and draws of a checkpoint."""
-        for density in self._queues:
-            saved = state["queues"].get(str(density))
-            self._queues[density] = [] if saved is None else list(saved.cpu())
-        self._drawn = {
-            density: state["drawn"][str(density)]
-            for density in self._queues
-            if str(density) in state["drawn"]
-        }
+        """Takes the queues and draws of a checkpoint."""
+        queues, drawn = state["queues"], state["drawn"]
+        self._queues = {one: list(queues.get(str(one), ())) for one in self._queues}
+        self._drawn = {one: drawn[str(one)] for one in self._queues if str(one) in drawn}
