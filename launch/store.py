@@ -84,7 +84,14 @@ def copy_tickets(source: str, target: str, *, root: str, as_json: bool) -> None:
 
 def diff_tickets(first: str, second: str, *, root: str, as_json: bool) -> None:
     """Prints, layer by layer, how far the masks of two tickets agree."""
-    one, other = find_one(first, root).masks, find_one(second, root).masks
+    tickets = find_one(first, root), find_one(second, root)
+    one, other = (ticket.masks for ticket in tickets)
+    bases = [ticket.model.basis or "identity" for ticket in tickets]
+    if bases[0] != bases[1]:
+        raise UserError(
+            f"{first} and {second} keep coefficients of different bases ({bases[0]}, {bases[1]}): "
+            "no weight of one is a weight of the other"
+        )
     try:
         rows = overlaps(one, other)
     except ValueError as error:

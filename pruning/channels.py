@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from data.errors import UserError
 from pruning.allocate import keep_count
 from pruning.densities import count_for, exact
-from pruning.masks import PRUNABLE, Masks, maskable, prunable
+from pruning.masks import Masks, maskable, prunable
 from pruning.packing import Shape
 from train.activations import Sign
+from train.basis import LAYERS
 from train.optim import NORMALISATIONS
 
 Of = Literal["channels", "weights"]
@@ -109,7 +110,7 @@ class Channels:
         _make_positive(model)
         names: dict[Tensor, str] = {one: name for name, one in self._parameters.items()}
         for layer in model.modules():
-            if isinstance(layer, PRUNABLE) and layer.weight in names:
+            if isinstance(layer, LAYERS) and layer.weight in names:
                 layer.register_forward_pre_hook(partial(self._look, names[layer.weight]))
 
     @property

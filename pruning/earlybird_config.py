@@ -9,7 +9,7 @@ from typing import Literal
 
 from data.errors import UserError
 from pruning.channels import Of, count_channels, scaled_layers
-from pruning.options import check_densities, densest_first
+from pruning.options import check_densities, densest_first, refuse_basis
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
 from train.models import ModelSpec
@@ -57,6 +57,7 @@ def foresee_earlybird(
     stage: str, config: EarlyBirdConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made. Raises `UserError` for what is known to fail."""
+    refuse_basis(stage, settings, "a filter of coefficients is no channel")
     outline = ModelSpec.of(settings.model, num_classes=10, in_chans=3).outline()
     try:
         layers, named = scaled_layers(outline), dict(outline.named_parameters())

@@ -107,6 +107,7 @@ def foresee_elastic(
             settings.model, num_classes=source.num_classes, in_chans=source.in_chans
         )
         with _told_of(stage, source, target):
+            _require_same_basis(source, target)
             there, here = source.outline(), target.outline()
             transform(there.state_dict(), config.change(there, here), here.state_dict())
         levels.append(level)
@@ -147,6 +148,7 @@ class _Move:
         session.require_before_end(self.first_step, ticket)
         self._fresh_seed = session.seed("elastic", "head")
         with _told_of(stage, source.model, self.target):
+            _require_same_basis(source.model, self.target)
             self._fresh = self._fresh_head(config)
             there, here = source.outline(), self.target.outline()
             self.change = config.change(there, here)
@@ -274,6 +276,13 @@ class _Elastic:
 
 def _initial(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
     return spec.build(seed).state_dict()
+
+
+def _require_same_basis(source: ModelSpec, target: ModelSpec) -> None:
+    """Raises `UserError` where coefficients would be taken for weights, or for other ones."""
+    there, here = (one.basis or "identity" for one in (source, target))
+    if there != here:
+        raise UserError(f"its model.basis is {there!r}, this stage's {here!r}: give both the same")
 
 
 @contextlib.contextmanager

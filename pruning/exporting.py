@@ -18,6 +18,7 @@ from pruning.packing import Shape
 from pruning.prizes import Prize
 from pruning.tickets import Ticket
 from pruning.trained import trained_weights
+from train.basis import weights_of
 
 Format = Literal["torch", "safetensors", "onnx", "pruning", "mpt"]
 
@@ -46,21 +47,27 @@ class Subnetwork:
         return cls(ticket, trained_weights(ticket, level), trained=True)
 
     def build_model(self) -> nn.Module:
-        """The network, masked weights zero."""
-        model = self.ticket.model.build()
+        """The network, masked weights zero: without a basis, its coefficients made weights."""
+        spec = self.ticket.model
+        model = spec.build()
         model.load_state_dict(self.weights)
         self.ticket.masks.project_(model)
-        return model
+        if spec.basis is None:
+            return model
+        plain = spec.plain.build()
+        plain.load_state_dict(weights_of(model))
+        return plain
 
     def facts(self) -> dict[str, str]:
         """What a file's metadata say of its origin."""
-        ticket = self.ticket
-        return {
+        ticket, basis = self.ticket, self.ticket.model.basis
+        facts = {
             "ticket": ticket.id,
-            "model": json.dumps(asdict(ticket.model)),
+            "model": json.dumps(asdict(ticket.model.plain)),
             "density": repr(ticket.density),
             "weights": "trained" if self.trained else f"step {ticket.step}",
         }
+        return facts if basis is None else {**facts, "basis": basis}
 
 
 def export(network: Subnetwork, form: Format, *, image_size: int | None = None) -> bytes:
@@ -126,10 +133,19 @@ def _image_shape(ticket: Ticket, preprocessing: dict[str, Any], image_size: int 
 
 
 def _reparametrized(network: Subnetwork) -> dict[str, Tensor]:
-    """The state dict of the network as torch prunes it: `*_orig`, not masked, and `*_mask`."""
-    model = network.ticket.model.build()
+    """The state dict of the network as torch prunes it: `*_orig`, not masked, and `*_mask`.
+
+    Raises `UserError` for a ticket whose masks are of coefficients.
+    """
+    ticket = network.ticket
+    if ticket.model.basis is not None:
+        raise UserError(
+            f"ticket {ticket.place}: its masks are of coefficients in the basis "
+            f"{ticket.model.basis!r}, not of weights: choose another --format"
+        )
+    model = ticket.model.build()
     model.load_state_dict(network.weights)
-    for name, mask in network.ticket.masks.items():
+    for name, mask in ticket.masks.items():
         layer, _, parameter = name.rpartition(".")
         prune.custom_from_mask(model.get_submodule(layer), parameter, mask)
     return _plain(model)

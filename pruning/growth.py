@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from data.errors import UserError
 from pruning.allocate import count_for, keep_counts
 from pruning.elastic import DepthChange, transform
-from pruning.masks import PRUNABLE, Masks, prunable
+from pruning.masks import Masks, prunable
 from pruning.scores import magnitude
+from train.basis import LAYERS
 from train.mlp import Unit
 from train.models import ModelSpec
 from train.ranks import ALONE, Ranks
@@ -110,7 +111,7 @@ def _make_literal(block: nn.Module) -> None:
             nn.init.dirac_(module.weight, module.groups)
         elif isinstance(module, nn.Linear):
             nn.init.eye_(module.weight)
-        if isinstance(module, PRUNABLE) and module.bias is not None:
+        if isinstance(module, LAYERS) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -154,7 +155,7 @@ def change_of_logits(
 
 def prunable_at(model: nn.Module, exclude: Iterable[str]) -> dict[str, nn.Parameter]:
     """`prunable` at one depth, which patterns of `exclude` may be about deeper ones than."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     return prunable(model, [one for one in exclude if fnmatch.filter(layers, one)])
 
 

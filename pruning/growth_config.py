@@ -19,6 +19,7 @@ from pruning.growth import (
     require_counts,
 )
 from pruning.masks import prunable
+from pruning.options import refuse_basis
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
 from train.models import ModelConfig, ModelSpec
@@ -117,6 +118,7 @@ def foresee_growth(
     stage: str, config: GrowthConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made, at most: it may stop earlier. Raises `UserError`."""
+    refuse_basis(stage, settings, "a new block is made of weights, not of their coefficients")
     base = ModelSpec.of(settings.model, num_classes=10, in_chans=3)
     with told_of(stage):
         depths = range(config.recursions + 1)

@@ -13,7 +13,7 @@ from data.errors import UserError, did_you_mean
 from pruning.densities import SHARINGS, Shapes, some_for
 from pruning.masks import prunable_shapes
 from pruning.n_of_m import Misfits, Pattern
-from pruning.options import check_controls, check_densities, densest_first
+from pruning.options import check_controls, check_densities, densest_first, refuse_basis
 from pruning.scores import SCORES, Images
 from pruning.sources import Outlook, Promise
 from train.duration import check_durations
@@ -145,6 +145,10 @@ def foresee_initial(
     stage: str, config: InitialConfig, settings: Settings, outlook: Outlook
 ) -> Promise:
     """What the stage will have made. Raises `UserError` for what is known to fail."""
+    if config.score == "synflow":
+        refuse_basis(stage, settings, "SynFlow needs weights of one sign, not their coefficients")
+    if config.pattern is not None:
+        refuse_basis(stage, settings, "the zeros of a pattern would be coefficients, not weights")
     if settings.train.sync_batchnorm and config.images == "classes":
         raise UserError(
             f"stages.{stage}: train.sync_batchnorm = true: score = {config.score!r} sees images of "

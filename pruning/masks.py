@@ -11,8 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.errors import UserError, did_you_mean
 from pruning.packing import Packing, Shape
-
-PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from train.basis import LAYERS
 
 
 @dataclass(frozen=True)
@@ -129,21 +128,19 @@ def prunable(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Para
     `exclude` holds patterns of module names (`fc`, `stages.*.shortcut*`). Raises `UserError` for a
     pattern that matches no such layer, or if nothing is left.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
-    excluded: set[Tensor] = set()  # a weight that two layers share is excluded with either
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    # What a layer trains: its `weight` may be computed from that (`train.basis`).
+    own = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+    excluded: set[Tensor | None] = set()  # a weight that two layers share is excluded with either
     for pattern in exclude:
         matched = fnmatch.filter(layers, pattern)
         if not matched:
             near = did_you_mean(pattern, layers)
             raise UserError(f"exclude = {pattern!r} matches no convolution or linear layer{near}")
-        excluded.update(layers[name].weight for name in matched)
+        excluded.update(own[name] for name in matched)
     names = {weight: name for name, weight in model.named_parameters()}
-    found = [layer.weight for layer in layers.values()]
-    weights = {
-        names[weight]: weight
-        for weight in found
-        if isinstance(weight, nn.Parameter) and weight not in excluded
-    }
+    found = [weight for weight in own.values() if weight is not None and weight not in excluded]
+    weights = {names[weight]: weight for weight in found}
     if not weights:
         raise UserError("exclude leaves no layer to prune")
     return weights

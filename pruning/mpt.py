@@ -164,6 +164,8 @@ def from_bytes(content: bytes) -> MptFile:
     if canonical(body["conventions"]) != canonical(_CONVENTIONS):
         raise ValueError(f"unknown conventions: {body['conventions']!r:.80}")
     model, seed = model_from_json(body["model"]), seed_from_json(body["seed"])
+    if model.basis is not None:
+        raise ValueError(f"binary weights in the basis {model.basis!r}, which they cannot be in")
     image_shape = document.shape(body["image_shape"], "image_shape")
     require_images(image_shape, in_chans=model.in_chans)
     layers = [FileLayer.from_json(row) for row in document.sequence(body["layers"], "layers")]

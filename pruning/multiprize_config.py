@@ -14,7 +14,7 @@ from data.errors import UserError
 from pruning.allocate import Scope
 from pruning.masks import prunable_shapes
 from pruning.multiprize import Gradient, Weights, score, uncalled
-from pruning.options import check_densities, densest_first, refuse_average
+from pruning.options import check_densities, densest_first, refuse_average, refuse_basis
 from pruning.packing import Shape
 from pruning.random_weights import Init, Scaled
 from pruning.sources import Outlook, Promise, check_levels, finished_levels
@@ -139,6 +139,7 @@ def foresee_multiprize(
     """What the stage will have made. Raises `UserError` for what is known to fail."""
     reason = "averaged scores choose other weights than those that were trained"
     refuse_average(stage, settings, reason)
+    refuse_basis(stage, settings, "binary weights are chosen as they are, and not as coefficients")
     spec = ModelSpec.of(settings.model, num_classes=10, in_chans=3)
     model = spec.outline()
     try:

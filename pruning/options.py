@@ -31,3 +31,10 @@ def refuse_average(stage: str, settings: Settings, reason: str) -> None:
     """Raises `UserError` where `train.ema` is set, which the method cannot have."""
     if settings.train.ema is not None:
         raise UserError(f"stages.{stage}: train.ema = {settings.train.ema}: {reason}; leave it out")
+
+
+def refuse_basis(stage: str, settings: Settings, reason: str) -> None:
+    """Raises `UserError` where `model.basis` is set, with which the method cannot be."""
+    basis = settings.model.basis
+    if basis not in (None, "identity"):
+        raise UserError(f"stages.{stage}: model.basis = {basis!r}: {reason}; leave it out")

@@ -358,6 +358,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         of_body("model", "arguments", value={"\ud800": 1}),
         "not a line of text",
     ),
+    "model in a basis": (
+        of_body("model", "arguments", value={"width": 4, "basis": "dct"}),
+        "binary weights in the basis 'dct'",
+    ),
     "shape": (of_layer("shape", [4, 27]), "no weights 'conv1.weight' of (4, 27) in its model"),
     "shape huge": (of_layer("shape", [1 << 30, 1 << 30]), "more than 2^40 weights"),
     "shape below 0": (of_layer("shape", [-4, -27]), "not a number from 0"),

@@ -14,6 +14,7 @@ from torch import nn
 from data.errors import UserError, did_you_mean
 from train import cifar
 from train.activations import SIGN_TAKERS, check_activation, is_plain_resnet, with_sign
+from train.basis import Basis, check_basis, take_basis
 from train.mlp import Mlp
 from train.stages import described, stages
 
@@ -53,6 +54,9 @@ class ModelConfig:
     zero_init_last: bool | None = None
     """begin with a gain of zero at the end of each block, as timm has it (default: timm's own,
     mostly true); timm's ResNets, RegNets and relatives"""
+    basis: Basis | None = None
+    """what is trained and pruned: the weights (identity), or their coefficients in an orthonormal
+    basis, dct or random (default: identity)"""
 
     def __post_init__(self) -> None:
         small = find_network(self.name) is not None
@@ -113,6 +117,8 @@ class ModelSpec:
             _check_blocks(self.arguments["blocks"])
         if "activation" in self.arguments:
             check_activation(self.arguments["activation"])
+        if "basis" in self.arguments:
+            check_basis(self.arguments["basis"])
         for argument in self.arguments:
             if re.search(r"pretrained|checkpoint|cache|_file", argument):
                 raise ValueError(f"model argument {argument!r} reads a file")
@@ -123,7 +129,20 @@ class ModelSpec:
         chosen = {k: v for k, v in asdict(config).items() if k != "name" and v is not None}
         if config.blocks is not None:
             chosen["blocks"] = list(config.blocks)  # as JSON has it, in which tickets are kept
+        if config.basis == "identity":
+            del chosen["basis"]  # the very same network
         return cls(config.name, num_classes, in_chans, chosen)
+
+    @property
+    def basis(self) -> str | None:
+        """In which its weights are coefficients; `None` where they are weights."""
+        found = self.arguments.get("basis", "identity")
+        return None if found == "identity" else found
+
+    @property
+    def plain(self) -> "ModelSpec":
+        """The same network without a basis."""
+        return replace(self, arguments={k: v for k, v in self.arguments.items() if k != "basis"})
 
     def build(self, seed: int = 0) -> nn.Module:
         """The network with random weights drawn on the CPU from `seed`: equal on every rank.
@@ -134,7 +153,10 @@ class ModelSpec:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # and no generator of a GPU
             try:
-                return self._build()
+                model = self.plain._build()
+                if self.basis is not None:
+                    take_basis(model, self.basis)
+                return model
             except (TypeError, AttributeError, RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"model {self.name}: {reason}") from error
