@@ -133,10 +133,11 @@ def test_set_keeps_the_counts_of_its_layers(densities: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("scope", "initial"), [("layer", 1.0), ("global", 0.8)])
 def test_gradual_pruning_goes_down_by_the_cubic(scope: str, initial: float, tmp_path: Path) -> None:
     """From `initial` on, every four steps from step 3 to the end of the ramp at 75 %."""
-    options = f'scope = "{scope}"\ninitial = {initial}\n'
+    options = f'scope = "{scope}"\ninitial = {initial}\nexclude = ["conv1"]\n'
     folder = run(tmp_path, BASE + GMP + options, "--log.every", "1")
     ticket = Ticket.load(folder / "moving/level-00")
     size = ticket.masks.size
+    assert "conv1.weight" not in ticket.masks
     told = {f["step"]: f["density"] for f in facts(folder) if f["event"] == "train"}
     for step in range(1, 27):
         last = 20 if step >= 20 else 3 + (step - 3) // 4 * 4
