@@ -82,6 +82,12 @@ def twelve_of_each_class(data: Data) -> Batch:
     raise AssertionError("a loader ends")
 
 
+def parts(batch: Batch, num: int) -> list[Batch]:
+    """As the recipe cuts it."""
+    cuts = zip(batch.images.tensor_split(num), batch.labels.tensor_split(num), strict=True)
+    return [Batch(*cut) for cut in cuts]
+
+
 def expected_masks(score: str, ticket: Ticket, counts: dict[str, int]) -> Masks | None:
     """By the functions themselves; `None` for random ones."""
     model, data = network(ticket), digits()
@@ -91,9 +97,7 @@ def expected_masks(score: str, ticket: Ticket, counts: dict[str, int]) -> Masks 
         batch = next(iter(data.loader(stream_seed(3, "initial", "images"))))
         return keep_counts(snip(model, [batch]), counts)
     if score == "grasp":
-        batch = twelve_of_each_class(data)
-        parts = zip(batch.images.tensor_split(2), batch.labels.tensor_split(2), strict=True)
-        return keep_counts(grasp(model, [Batch(*part) for part in parts]), counts)
+        return keep_counts(grasp(model, parts(twelve_of_each_class(data), 2)), counts)
     if score == "synflow":
         return synflow_masks(model, data.image_shape, counts, iterations=10)
     return None
@@ -129,6 +133,16 @@ def test_snip_takes_its_gradient_over_as_many_batches(tmp_path: Path) -> None:
     counts = {row.name: row.kept for row in ticket.masks.table()}
     assert ticket.masks == keep_counts(snip(network(ticket), batches), counts)
     assert ticket.masks != keep_counts(snip(network(ticket), batches[:1]), counts)
+
+
+def test_grasp_sees_no_more_images_at_once_than_the_training(tmp_path: Path) -> None:
+    """120 images in six parts of 20, whose statistics normalisations use."""
+    text = BASE.replace("2ep", "2it") + stage("grasp", BY_LAYER + "samples_per_class = 12\n")
+    ticket = Ticket.load(run(tmp_path, text, "--train.micro_batch", "20") / "init/level-00")
+    counts = {row.name: row.kept for row in ticket.masks.table()}
+    images = twelve_of_each_class(digits())
+    six, two = (grasp(network(ticket), parts(images, num)) for num in (6, 2))
+    assert ticket.masks == keep_counts(six, counts) != keep_counts(two, counts)
 
 
 @pytest.mark.parametrize("recipe", ["initial", "dynamic", "dual"])
