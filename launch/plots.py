@@ -35,20 +35,24 @@ _NAMES = {
     "reset-budget": "pruned and set back, trained longer",
     "dense-budget": "dense, trained longer",
 }
+_MARKERS = (("o", "s"), ("^", "D"), ("v", "P"))
+"""of tickets and of controls; the next ones where all colours were taken"""
 _STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
     """Test accuracy against density, a line a stage and method.
 
-    Of one stage each method has its colour; of several, each stage.
+    Of one stage each method has its colour; of several, each stage, and those beyond the colours
+    other markers.
     """
     from matplotlib.ticker import FuncFormatter
 
     figure, axes = _new_figure()
     stages = list(dict.fromkeys(ticket.stage for ticket in tickets))
     colours = cycle(_COLOURS)
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        markers = _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
         in_stage = [ticket for ticket in tickets if ticket.stage == stage]
         methods = sorted(dict.fromkeys(t.method for t in in_stage), key=lambda m: m not in _NAMES)
         colour, styles = next(colours) if len(stages) > 1 else None, cycle(_STYLES)
@@ -59,7 +63,7 @@ def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
             axes.plot(
                 [ticket.density for ticket in line],
                 [accuracy(ticket) for ticket in line],
-                marker="s" if is_control else "o",
+                marker=markers[is_control],
                 markersize=4,
                 linestyle=next(styles) if is_control and colour else "-",
                 color=colour or next(colours),
@@ -181,9 +185,9 @@ def _finished(figure: Any, axes: Any) -> bytes:
     axes.grid(alpha=0.25)
     if len(axes.get_legend_handles_labels()[0]) > 4:  # beside the curves, not over them
         figure.set_size_inches(9.5, 4.5)
-        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=3)
     else:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, handlelength=3)
     return _as_png(figure)
 
 
