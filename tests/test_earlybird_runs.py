@@ -346,6 +346,7 @@ MISTAKES: list[Mistake] = [
     (EB + 'search = "half"\n', (), "search = 'half': is not a duration"),
     (EB.replace('["random"]', '["reinit"]'), (), "controls"),
     (EB, ("--model.norm", "group"), "stages.eb: cifar_resnet8: channels are ranked by the scales"),
+    (EB, ("--model.basis", "dct"), "model.basis = 'dct': a filter of coefficients is no channel"),
     (EB, ("--model.activation", "sign"), "after the sign a channel of zeros is one of ones"),
     (
         EB.replace("0.5]", "0.1]"),
