@@ -39,9 +39,11 @@ class Plan:
     """what ends the training before `stop`, on all ranks alike; that step is kept, too"""
 
     def is_over(self, state: TrainState) -> bool:
+        """Whether the training has come to its end."""
         return state.step >= self.stop or self.ended(state.sparsity)
 
     def keeps(self, state: TrainState) -> bool:
+        """Whether the state is saved as it is now, and never deleted."""
         return state.step in self.keep or self.ended(state.sparsity)
 
 
