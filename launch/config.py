@@ -25,6 +25,15 @@ from train.settings import Settings
 C = TypeVar("C")
 COMMAND_LINE = "command line"
 _FILE_ONLY = ("name", "seed")  # of the run, not of a stage
+_NO_NUMBERS = (
+    (r"could not convert string to float: .*", "must be a number"),
+    (r"invalid literal for int\(\).*", "must be a whole number"),
+    (
+        r"Could not find valid parse for arguments: .*",
+        "must be numbers, of the kind that --help says",
+    ),
+)
+"""what Python and tyro say of words that are none"""
 
 
 @dataclass(frozen=True)
@@ -284,18 +293,20 @@ def _explain(message: str, given: dict[str, Given], prefix: str) -> str:
         key = nested if nested in given else check[2]
     message = re.sub(r"Missing from \S+: .*", "is required", message)
     message = re.sub(r"no type matching (\S+) could be.*", r"must be \1", message)
+    for raw, told in _NO_NUMBERS:
+        message = re.sub(raw, told, message)
     reason = re.sub(r"^Error parsing [\w.-]+: ", "", message)
     if key in given:
         one = given[key]
         value = " ".join(one.words)
         return f"{one.origin}: {prefix}{key} = {value!r}: {_without_key(reason, key)}"
-    return f"{prefix}{key}: {reason}" if key else f"{prefix}{reason}"
+    return f"{prefix}{key}: {_without_key(reason, key)}" if key else f"{prefix}{reason}"
 
 
 def _without_key(reason: str, key: str) -> str:
     """Drops the `name = value: ` with which a section's own check begins."""
     leaf = key.rsplit(".", 1)[-1]
-    return re.sub(rf"^{leaf} = (\[.*?\]|\(.*?\)|'.*?'|\S+?):? ", "", reason)
+    return re.sub(rf"^{leaf}( = (\[.*?\]|\(.*?\)|'.*?'|\S+?):?|:) ", "", reason)
 
 
 # Writing ---------------------------------------------------------------------------------

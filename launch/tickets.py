@@ -73,6 +73,9 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
     blocks = ticket.config.get("map")
     if isinstance(blocks, str) and blocks.isprintable():
         console.print(f"map       {blocks} (blocks of its parent: blocks here)")
+    if ticket.total_steps:
+        searched = int(ticket.timing.get("search_steps", 0))
+        console.print(f"steps     {ticket.total_steps:,} in all, {searched:,} to find it")
     for split, values in ticket.metrics.items():
         console.print(f"{split:9} {_numbers(values)}")
     table = Table("layer", "shape", "kept", "of", "density")

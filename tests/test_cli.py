@@ -70,6 +70,7 @@ def test_tickets_are_listed_and_shown(root: Path, capsys: pytest.CaptureFixture[
     assert run_command(["tickets", "show", "tiny", listed[1]["id"][:8], "--root", str(root)]) == 0
     printed = capsys.readouterr().out
     assert "imp/level-01 <- imp/level-00" in printed
+    assert "73 in all, 39 to find it" in printed  # 3 epochs of 13 steps, and those from step 5 on
     assert "stages.0.0.conv1.weight" in printed
 
 
@@ -135,7 +136,7 @@ def test_two_processes_do_not_share_a_run_folder(
 def test_rewinding_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["run", write_config(tmp_path), "--root", str(tmp_path)]
     line = fails(capsys, [*words, "--stages.imp.rewind", "3ep"])
-    assert "stages.imp.rewind = '3ep' is step 39, beyond the end of the training at step 39" in line
+    assert "stages.imp.rewind = '3ep' is step 39: must be before the end" in line
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--batch_size", "4"], "unknown key 'batch_size'; did you mean 'data.batch_size'?"),
     (
         ["--data.batch_size", "many"],
-        "command line: data.batch_size = 'many': invalid literal for int",
+        "command line: data.batch_size = 'many': must be a whole number",
     ),
     (["--data.batch_size"], "data.batch_size"),
     (["--data.batch_size", "0"], "command line: data.batch_size = '0': must be at least 1"),
@@ -186,7 +186,11 @@ def test_a_mistake_on_the_command_line_is_one_line(
     [
         ("seed = 3", "sed = 3", "unknown key 'sed'; did you mean 'seed'?"),
         ('total = "3ep"', "total = 3", "train.total = '3': is not a duration"),
-        ("batch_size = 96", 'batch_size = "big"', "data.batch_size = 'big': invalid literal"),
+        (
+            "batch_size = 96",
+            'batch_size = "big"',
+            "data.batch_size = 'big': must be a whole number",
+        ),
         ("prune_fraction = 0.4", "prune_fracton = 0.4", "did you mean 'prune_fraction'?"),
         ('recipe = "imp"', 'recipe = "ipm"', "recipe = 'ipm' is not known; did you mean 'imp'?"),
         ('recipe = "imp"', "", "recipe = None is not known"),
@@ -194,7 +198,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
         ('\nname = "imp"', '\nname = "a b"', "stage 1 needs a name"),
         ("[[stages]]", "[[stage]]", "has no [[stages]]"),
         ("seed = 3", "seed = ", "not a TOML file"),
-        ("rounds = 2", "rounds = 2.5", "stages.imp.rounds = '2.5': invalid literal"),
+        ("rounds = 2", "rounds = 2.5", "stages.imp.rounds = '2.5': must be a whole number"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(

@@ -402,7 +402,10 @@ def test_sources_that_cannot_be_used_are_one_line(
     other_data = ("--data.source", f"idx:{tmp_path}/idx", "--data.batch_size", "32")
     expected: list[tuple[tuple[str, ...], str]] = [
         (other_data, "its head has 10 classes, the data have 7; for another data set set transfer"),
-        (("--train.total", "5it"), "is of step 5, beyond the end of the training at step 5"),
+        (
+            ("--train.total", "5it"),
+            "is of step 5: must be before the end",
+        ),
         (("--stages.deeper.levels", "7"), "there is no level 7 (there is 0, 1, 2)"),
     ]
     for options, line in expected:

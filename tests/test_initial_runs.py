@@ -459,7 +459,7 @@ TOLD_BY_THE_DATA: dict[str, tuple[str, str]] = {
     ),
     "at": (
         stage("snip", 'density = 0.5\nat = "2ep"\n'),
-        "stages.init.at = '2ep' is step 26, beyond the end",
+        "stages.init.at = '2ep' is step 26: must be before the end",
     ),
     "pattern": (
         stage("snip", 'pattern = "2:4"\nat = "5it"\n'),

@@ -420,7 +420,7 @@ def test_a_mistake_is_one_clear_line(
     ("stage", "expected"),
     [
         (GLOBAL.replace("0.1", "0.0001"), "3 in each of 10 layers are 30: keep more"),
-        (GLOBAL.replace("20it", "2ep"), "ramp = '2ep' is step 26, beyond the end"),
+        (GLOBAL.replace("20it", "2ep"), "ramp = '2ep' is step 26: must be before the end"),
     ],
     ids=["least", "ramp"],
 )

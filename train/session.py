@@ -201,7 +201,7 @@ class Session:
         """Raises `UserError`, beginning with `what`, unless `step` leaves anything to train."""
         if not step < self.total_steps:
             raise UserError(
-                f"{what} {step}, beyond the end of the training at step {self.total_steps} "
+                f"{what} {step}: must be before the end of the training at step {self.total_steps} "
                 f"(train.total = {self.settings.train.total!r})"
             )
 
