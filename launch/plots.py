@@ -10,7 +10,16 @@ from launch.levels import accuracy
 from pruning.connectivity import Connectivity
 from pruning.tickets import Ticket
 
-_COLOURS = ("#1a5fb4", "#c64600", "#26a269", "#813d9c", "#986a44", "#a51d2d", "#5e5c64")
+_COLOURS = (
+    "#1a5fb4",
+    "#c64600",
+    "#26a269",
+    "#813d9c",
+    "#986a44",
+    "#a51d2d",
+    "#5e5c64",
+    "#e5a50a",
+)
 _NAMES = {
     "imp": "winning tickets",
     "elastic": "elastic tickets",
@@ -121,10 +130,15 @@ def comparison_plot(rows: Sequence[Row]) -> bytes:
 
 
 def growth_plot(tickets: Sequence[Ticket]) -> bytes:
-    """Test accuracy against depth: a line for each recursion and for the dense networks."""
+    """Test accuracy against depth: a line for each recursion and for the dense networks.
+
+    Each method has its colour; of several stages, each its style.
+    """
     figure, axes = _new_figure()
     stages = list(dict.fromkeys(ticket.stage for ticket in tickets))
-    colours = cycle(_COLOURS)
+    styles = dict(zip(stages, cycle(("-", *_STYLES)), strict=False))
+    methods = dict.fromkeys(ticket.method for ticket in tickets)
+    colours = dict(zip(methods, cycle(_COLOURS), strict=False))
     for stage, method in dict.fromkeys((t.stage, t.method) for t in tickets):
         line = [t for t in tickets if (t.stage, t.method) == (stage, method)]
         line.sort(key=lambda ticket: ticket.level)
@@ -134,7 +148,8 @@ def growth_plot(tickets: Sequence[Ticket]) -> bytes:
             [accuracy(ticket) for ticket in line],
             marker="s" if line[0].control else "o",
             markersize=4,
-            color=next(colours),
+            linestyle=styles[stage],
+            color=colours[method],
             label=label if len(stages) == 1 else f"{stage}: {label}",
         )
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -65,7 +65,7 @@ class _Recursion:
 
     def phase(self, level: int) -> str:
         """The folder of the training before the pruning."""
-        return f"{self.name(level)}-train" if level else _dense(0)
+        return f"{self.name(level)}-train" if level else _fresh(0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Turn:
     metrics: dict[str, dict[str, float]]
 
 
-def _dense(level: int) -> str:
+def _fresh(level: int) -> str:
     """The folder of the training of a fresh dense network."""
     return f"level-{level:02d}-dense"
 
@@ -217,7 +217,7 @@ class _Growth:
 
     def _dense(self, ticket: Ticket) -> Ticket:
         """A fresh network as deep as the ticket's."""
-        level, name = ticket.level, _dense(ticket.level)
+        level, name = ticket.level, _fresh(ticket.level)
         return self._train(
             "dense",
             level,
@@ -243,6 +243,7 @@ class _Growth:
             masks=partial(self._oneshot if resets else self.networks.dense, level),
             stop=budget if control.endswith("budget") else self.total,
             search_steps=self.total if resets else 0,
+            start_steps=self.total if resets else 0,
             parent=ticket,
             control=True,
         )
@@ -250,7 +251,7 @@ class _Growth:
     def _oneshot(self, level: int) -> Masks:
         """The largest weights of each layer after the dense training of a level."""
         state, masks = self.networks.first_values(level), self.networks.dense(level)
-        model, _ = self.phases.trained(_dense(level), level, level, state, masks)
+        model, _ = self.phases.trained(_fresh(level), level, level, state, masks)
         return self._pruned(model, Masks({}))
 
     # Trainings -----------------------------------------------------------------------------

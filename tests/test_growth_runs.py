@@ -26,6 +26,7 @@ from pruning.allocate import count_for
 from pruning.growth_measures import early_area, recovery, steps_to
 from pruning.tickets import Ticket
 from train.models import ModelSpec
+from train.session import Session
 
 BASE = """
 name = "tiny"
@@ -235,9 +236,10 @@ def test_budgets_are_those_of_the_recursion(finished: Path) -> None:
         assert found == [usual[step * 12 // len(found)] for step in range(len(found))]
 
 
-def test_a_finished_run_shows_its_tables_and_trains_nothing(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_shows_its_tables_and_builds_no_network(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Session, "build_network", None)
     before = ticket_facts(finished)
     run(finished.parent, BASE + GROWTH + CONTROLS)
     assert ticket_facts(finished) == before
