@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import tomli_w
@@ -11,9 +11,12 @@ from tiny import TOML, write_config
 from data.errors import UserError
 from data.files import Folder
 from launch.config import flat, read_config
+from launch.recipes import RECIPES
 from launch.run import check_stages
 from pruning.elastic import format_map
 from pruning.imp import ImpConfig
+from pruning.scores import SCORES
+from train.basis import Basis
 from train.models import ModelSpec
 
 CONFIGS = sorted((Path(__file__).parent.parent / "launch/configs").glob("*.toml"))
@@ -52,6 +55,24 @@ def test_the_elastic_configurations_have_the_papers_maps() -> None:
                 for one in (source, stage)
             ]
             assert format_map(stage.config.change(*outlines).maps) == maps[stage.name]
+
+
+def test_the_comparison_has_every_method_and_every_control() -> None:
+    """... at two densities; but lines between networks are no tickets."""
+    config = read_config(str(CONFIGS[0].parent / "digits-compare.toml"))
+    assert config.seeds == (0, 1, 2)
+    stages: dict[str, list[Any]] = {}
+    for stage in config.stages:
+        stages.setdefault(stage.recipe, []).append(stage.config)
+    assert stages.keys() == RECIPES.keys() - {"connectivity"}
+    for recipe, found in stages.items():
+        kind = get_type_hints(RECIPES[recipe].config).get("controls", tuple[Literal[()], ...])
+        known = set(get_args(get_args(kind)[0]))
+        assert {control for one in found for control in getattr(one, "controls", ())} == known
+    assert {one.score for one in stages["initial"]} == {*SCORES, "synflow", "random"}
+    assert {one.method for one in stages["dynamic"]} == {"set", "rigl", "gmp"}
+    bases = {stage.settings.model.basis or "identity" for stage in config.stages}
+    assert bases == set(get_args(Basis))
 
 
 def test_the_imagenet_configuration_is_the_papers_recipe() -> None:
