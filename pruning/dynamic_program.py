@@ -75,7 +75,7 @@ class _Dynamic:
         until = f"{where}.until = {config.end!r} is step {self.end}"
         if self.end > session.total_steps:
             raise UserError(
-                f"{until}, beyond the end of the training at step {session.total_steps} "
+                f"{until}: must be at most the end of the training at step {session.total_steps} "
                 f"(train.total = {session.settings.train.total!r})"
             )
         if self.interval >= self.end:
