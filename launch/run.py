@@ -31,8 +31,14 @@ def run_config(config: RunConfig, *, root: str) -> None:
     runs = [(folder / seed_name(seed), config.with_seed(seed)) for seed in config.seeds]
     runs = runs or [(folder, config)]
     engine.on_main(lambda: _check(config, folder, runs), patient=True)
-    for place, one in runs:
-        _run_stages(one, place, engine, is_alone=not config.seeds)
+    signals = Signals(
+        world_size=engine.world_size,
+        is_main=engine.is_main,
+        save_minutes=config.settings.checkpoint.minutes,
+    )
+    with signals:  # of all runs: one that comes at the end of a run stops the next
+        for place, one in runs:
+            _run_stages(one, place, engine, signals, is_alone=not config.seeds)
     if config.seeds:
         engine.on_main(lambda: summarise_sweep(folder))
     engine.close()
@@ -47,26 +53,22 @@ def _check(config: RunConfig, folder: Folder, runs: Sequence[tuple[Folder, RunCo
         require_same(place, config.with_seed(seed))
 
 
-def _run_stages(config: RunConfig, folder: Folder, engine: Engine, *, is_alone: bool) -> None:
+def _run_stages(
+    config: RunConfig, folder: Folder, engine: Engine, signals: Signals, *, is_alone: bool
+) -> None:
     """The stages of a run of one seed, and what they came to, unless it is one of several."""
     with claimed(folder, config, engine):
         recorder = open_recorder(folder, config, engine)
         display = Display(shown=engine.is_main)
-        signals = Signals(
-            world_size=engine.world_size,
-            is_main=engine.is_main,
-            save_minutes=config.settings.checkpoint.minutes,
-        )
         if not is_alone:
             display.say(str(folder))
         try:
-            with signals:
-                for stage in config.stages:
-                    engine = make_engine(stage)
-                    session = Session(stage.settings, engine, folder, recorder, display, signals)
-                    claim_data(folder, stage.name, session.data_record, engine)
-                    RECIPES[stage.recipe].run(session, stage.name, stage.config)
-                signals.drain()
+            for stage in config.stages:
+                engine = make_engine(stage)
+                session = Session(stage.settings, engine, folder, recorder, display, signals)
+                claim_data(folder, stage.name, session.data_record, engine)
+                RECIPES[stage.recipe].run(session, stage.name, stage.config)
+            signals.drain()
         finally:
             display.close()
             recorder.close()

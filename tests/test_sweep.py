@@ -1,13 +1,15 @@
 """Runs over several seeds, and the table that compares all methods at the same densities."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from killing import KILLED, killed_run
-from processes import run_ranks, tombola
+from processes import command, run_ranks, tombola
 from tiny import TOML, assert_same_run, write_config
 
 from data.errors import UserError
@@ -70,6 +72,33 @@ def test_a_run_killed_in_its_second_seed_goes_on(root: Path, tmp_path: Path) -> 
     assert tombola(*words) == [0]
     for seed in ("seed-3", "seed-4"):
         assert_same_run(tmp_path / "tiny" / seed, root / "tiny" / seed)
+
+
+def signalled_at_the_end(words: list[str]) -> None:
+    """Runs a command in a process that is told to stop when its first run has its last ticket."""
+    from pruning.store import TicketFolder
+    from pruning.tickets import Ticket
+
+    write = TicketFolder.write
+
+    def wrapper(self: TicketFolder, ticket: Ticket) -> None:
+        write(self, ticket)
+        if ticket.place == "snip/level-00":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    TicketFolder.write = wrapper  # type: ignore[method-assign]
+    command(words)
+
+
+def test_a_signal_at_the_end_of_a_seed_stops_the_next(root: Path, tmp_path: Path) -> None:
+    """No training of the first is left that could tell of it."""
+    words = ["run", write_config(tmp_path, SWEEP + SNIP), "--root", str(tmp_path)]
+    assert run_ranks(1, signalled_at_the_end, words) == [75]
+    assert (tmp_path / "tiny/seed-3/snip/level-00/ticket.json").exists()
+    saved = (tmp_path / "tiny/seed-4/imp/level-00/checkpoints").iterdir()
+    assert [path.name for path in saved] == ["step-00000001"]
+    assert tombola(*words) == [0]
+    assert_same_run(tmp_path / "tiny/seed-4", root / "tiny/seed-4")
 
 
 def test_a_seed_may_come_later(root: Path, tmp_path: Path) -> None:
