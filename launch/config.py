@@ -194,15 +194,22 @@ def _split_stage_key(given: Given, staged: dict[str, list[Given]]) -> tuple[str,
 
 
 def _read_seeds(shared: list[Given]) -> tuple[tuple[int, ...], list[Given]]:
-    """The seeds of a run over several, and what else was given."""
+    """The seeds of a run over several, and what else was given.
+
+    Those of the command line take the place of a file's seed, as the last one does of any key.
+    """
     own = [one for one in shared if one.key == "seeds"]
     rest = [one for one in shared if one.key != "seeds"]
     seeds = _parse(SweepConfig, own).seeds
+    if own and own[-1].origin == COMMAND_LINE:
+        if not seeds:
+            raise UserError(f"{COMMAND_LINE}: seeds: name at least one: --seeds 0 1 2")
+        rest = [one for one in rest if one.key != "seed" or one.origin == COMMAND_LINE]
     single = [one for one in rest if one.key == "seed"]
     if seeds and single:
         raise UserError(
             f"{single[-1].origin}: seed and seeds are both set: for one run of several set "
-            "--seeds N, and leave --seed out"
+            "--seeds N, and leave seed out"
         )
     return seeds, rest
 

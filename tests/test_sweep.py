@@ -114,6 +114,7 @@ def test_a_seed_may_come_later(root: Path, tmp_path: Path) -> None:
         (["--seeds", "3", "3"], "seeds = '3 3': give each once"),
         (["--seeds", "-1"], "seeds = '-1': must not be negative"),
         (["--seed", "3"], "seed and seeds are both set: for one run of several set --seeds N"),
+        (["--seeds"], "command line: seeds: name at least one: --seeds 0 1 2"),
         (["--stages.imp.seeds", "3"], "unknown key 'stages.imp.seeds'"),
     ],
 )
@@ -283,3 +284,13 @@ def test_seeds_in_a_file_are_read(tmp_path: Path) -> None:
     assert one.stages[0].settings.seed == 7
     with pytest.raises(UserError, match="seed and seeds are both set"):
         read_config(write_config(tmp_path, SWEEP.replace("name =", "seed = 1\nname =", 1)))
+
+
+def test_seeds_of_the_command_line_take_the_place_of_a_seed_in_the_file(tmp_path: Path) -> None:
+    """Most files have one; a seed beside them on the command line is a contradiction."""
+    path = write_config(tmp_path, SINGLE)
+    config = read_config(path, ["--seeds", "0", "1"])
+    assert config.seeds == (0, 1)
+    assert config.with_seed(1).stages[0].settings.seed == 1
+    with pytest.raises(UserError, match="command line: seed and seeds are both set"):
+        read_config(path, ["--seeds", "0", "1", "--seed", "1"])
