@@ -66,4 +66,5 @@ def foresee_earlybird(
             count_channels(min(config.density), num_channels, len(layers))
     except UserError as error:
         raise UserError(f"stages.{stage}: {settings.model.name}: {error}") from None
-    return Promise(dict.fromkeys(range(len(config.density)), settings.model))
+    levels = dict.fromkeys(range(len(config.density)), settings.model)
+    return Promise(levels, of_channels=True)

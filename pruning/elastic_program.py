@@ -33,6 +33,7 @@ from pruning.sources import (
     claim_sources,
     find_sources,
     finished_levels,
+    is_of_channels,
     require_weights,
 )
 from pruning.store import TicketFolder
@@ -93,6 +94,15 @@ class ElasticConfig:
             raise UserError(f"controls = {needing[0]!r}: no block is replicated; leave it out")
         return change
 
+    def require_controls(self, of_channels: bool) -> None:
+        """Raises `UserError` for a control that chooses single weights, of tickets of channels."""
+        choosing = [control for control in self.controls if control != "reinit"]
+        if of_channels and choosing:
+            raise UserError(
+                f"controls = {choosing[0]!r}: chooses single weights, and of this ticket whole "
+                "channels went; leave it out"
+            )
+
 
 def foresee_elastic(
     stage: str, config: ElasticConfig, settings: Settings, outlook: Outlook
@@ -102,16 +112,19 @@ def foresee_elastic(
     if finished is not None:
         return Promise(dict.fromkeys(finished, settings.model))
     where, levels = f"stages.{stage}.ticket", []
-    for level, source in outlook.sources(where, config.ticket, config.levels):
+    found = outlook.sources(where, config.ticket, config.levels)
+    of_channels = outlook.of_channels(where, config.ticket, config.levels)
+    for level, source in found:
         target = ModelSpec.of(
             settings.model, num_classes=source.num_classes, in_chans=source.in_chans
         )
         with _told_of(stage, source, target):
             _require_same_basis(source, target)
+            config.require_controls(of_channels)
             there, here = source.outline(), target.outline()
             transform(there.state_dict(), config.change(there, here), here.state_dict())
         levels.append(level)
-    return Promise(dict.fromkeys(levels, settings.model))
+    return Promise(dict.fromkeys(levels, settings.model), of_channels=of_channels)
 
 
 def run_elastic(session: Session, stage: str, config: ElasticConfig) -> None:
@@ -149,6 +162,7 @@ class _Move:
         self._fresh_seed = session.seed("elastic", "head")
         with _told_of(stage, source.model, self.target):
             _require_same_basis(source.model, self.target)
+            config.require_controls(is_of_channels(source))
             self._fresh = self._fresh_head(config)
             there, here = source.outline(), self.target.outline()
             self.change = config.change(there, here)

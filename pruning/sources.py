@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from data.errors import UserError, did_you_mean
 from data.files import Folder
 from pruning import document
+from pruning.masks import prunable_shapes
 from pruning.tickets import INDEX, Ticket, find_ticket
 from train.models import ModelConfig, ModelSpec
 
@@ -99,6 +100,11 @@ def require_weights(ticket: Ticket) -> None:
         )
 
 
+def is_of_channels(ticket: Ticket) -> bool:
+    """Whether a ticket has masks of normalisations, too, since channels went whole."""
+    return bool(ticket.stored_masks.shapes.keys() - prunable_shapes(ticket.outline()).keys())
+
+
 # Before anything is trained ------------------------------------------------------------------
 
 
@@ -110,6 +116,8 @@ class Promise:
     """the levels, and of which network the ticket of each will be"""
     no_weights: str = ""
     """why its tickets will have no weights of step k, if they will not"""
+    of_channels: bool = False
+    """whether they will have masks of normalisations, too"""
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,13 @@ class Outlook:
         if promise.no_weights and needed == "start":
             raise UserError(f"{where} = {place!r}: {promise.no_weights}")
         return [(level, ModelSpec.of(promise.models[level], **_ANY)) for level in chosen]
+
+    def of_channels(self, where: str, place: str, levels: Sequence[int]) -> bool:
+        """Whether any of the tickets that `find_sources` will come to is one of channels."""
+        if not _is_stage(place):
+            found = find_sources(where, place, levels, self.run)
+            return any(is_of_channels(one.ticket) for one in found)
+        return self.earlier[place.rstrip("/")].of_channels
 
     def _unknown(self, place: str) -> str:
         near = did_you_mean(place, self.earlier)

@@ -246,6 +246,30 @@ levels = [0]
     }
 
 
+SQUEEZED = """
+[[stages]]
+name = "squeezed"
+recipe = "elastic"
+ticket = "eb"
+model.name = "cifar_resnet8"
+controls = ["{control}"]
+"""
+
+
+def test_a_stretched_ticket_of_channels_takes_no_control_of_single_weights(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of a stage to come, nor of one that was run; its own masks it keeps in `reinit`."""
+    expected = "controls = 'random': chooses single weights, and of this ticket whole channels went"
+    stage = SQUEEZED.format(control="random")
+    assert_refused((EB + stage, (), expected), tmp_path, capsys, base=BASE)
+    stored = stage.replace('"eb"', f'"{finished}/eb"')
+    assert_refused((stored, (), expected), tmp_path, capsys, base=BASE)
+    fresh = run(tmp_path, BASE + stored.replace("random", "reinit"))
+    ticket, control = (Ticket.load(fresh / f"squeezed/level-01{x}") for x in ("", "-reinit"))
+    assert control.masks == ticket.masks
+
+
 # ---- not drawn
 
 
