@@ -86,8 +86,11 @@ def _common(tickets: Iterable[Ticket], num_stages: int) -> list[float]:
 
 
 def _is_alike(density: float, largest: float) -> bool:
-    """Whether a density counts as one of those of which `largest` is the largest."""
-    return largest / _ALIKE < density <= largest
+    """Whether a density counts as one of those of which `largest` is the largest.
+
+    As dense counts only what is.
+    """
+    return density == largest or largest / _ALIKE < density < largest < 1
 
 
 def _row(group: float, stage: str, method: str, control: bool, tickets: Sequence[Ticket]) -> Row:

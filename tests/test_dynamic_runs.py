@@ -321,9 +321,15 @@ def test_a_mistake_is_one_clear_line(
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        (SET.replace("4it", "2ep"), "interval = '2ep': the first change is at step 26: must be before the end"),
+        (
+            SET.replace("4it", "2ep"),
+            "interval = '2ep': the first change is at step 26: must be before the end",
+        ),
         (SET.replace("4it", "1%"), "interval = '1%': is less than one step"),
-        (SET + 'until = "3ep"\n', "until = '3ep' is step 39: must be at most the end of the training"),
+        (
+            SET + 'until = "3ep"\n',
+            "until = '3ep' is step 39: must be at most the end of the training",
+        ),
         (SET + 'until = "4it"\n', "until = '4it' is step 4, before the first change at step 4"),
         (GMP + 'stop = "2ep"\n', "stop = '2ep' is step 26: must be before the end"),
         (GMP.replace("4it", "18it"), "interval = '18it': is 18 steps, and the ramp 17: choose a"),

@@ -270,6 +270,12 @@ def test_of_several_levels_at_a_density_the_last_counts() -> None:
     assert [row.accuracies for row in rows] == [(0.7,)]
 
 
+def test_only_what_is_dense_counts_as_dense() -> None:
+    """A first round that leaves 95 % is no dense network; 92 % is taken for as much as 95 %."""
+    rows = compare([ticket("imp", n, d, d) for n, d in enumerate((1.0, 0.95, 0.92))])
+    assert [(row.group, row.accuracies) for row in rows] == [(1.0, (1.0,)), (0.95, (0.92,))]
+
+
 def test_the_comparison_is_a_picture() -> None:
     rows = compare([ticket("imp", 0, 1.0, 0.9), ticket("imp", 1, 0.1, 0.8)])
     assert comparison_plot(rows).startswith(b"\x89PNG")
