@@ -20,7 +20,7 @@ def test_the_first_screen_holds_the_two_commands() -> None:
     """One installs and runs the main job, one installs and passes the tests."""
     assert COMMANDS[:2] == [
         "pip install -e . && tombola run launch/configs/digits-imp.toml",
-        'pip install -e ".[test]" && pytest',
+        'pip install -e ".[test]" && pytest -n 2',
     ]
     assert README.index(COMMANDS[1]) < 1200
 
@@ -39,6 +39,6 @@ def test_every_shipped_configuration_is_in_the_readme() -> None:
 
 def test_links_point_to_files() -> None:
     """... in the README and in docs/."""
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
