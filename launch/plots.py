@@ -1,6 +1,7 @@
 """The pictures of runs, as PNG files: accuracy against density, all methods, errors on lines."""
 
 import io
+import statistics
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -111,7 +112,7 @@ def comparison_plot(rows: Sequence[Row]) -> bytes:
         places = [names.index(row.name) + (number + 0.5) * height - 0.4 for row in here]
         for row, place in zip(here, places, strict=True):
             left.hlines(place, min(row.accuracies), max(row.accuracies), color=colour, linewidth=1)
-        label = f"{group * 100:.2g} % kept"
+        label = f"{100 * statistics.mean(row.density for row in here):.2g} % kept"
         left.plot([row.mean for row in here], places, "o", markersize=4, color=colour, label=label)
         right.barh(places, [row.steps for row in here], height, color=colour)
         right.barh(places, [row.search_steps for row in here], height, color="w", alpha=0.6)
