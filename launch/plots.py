@@ -118,7 +118,9 @@ def comparison_plot(rows: Sequence[Row]) -> bytes:
         right.barh(places, [row.search_steps for row in here], height, color="w", alpha=0.6)
     dense = [row.mean for row in rows if row.group == 1]
     if dense:
-        left.axvline(max(dense), color="0.6", linewidth=1, linestyle="--", zorder=0, label="dense")
+        left.axvline(
+            max(dense), color="0.6", linewidth=1, linestyle="--", zorder=0, label="best dense"
+        )
     left.set_yticks(range(len(names)), names, fontsize="small")
     left.set_ylim(len(names) - 0.4, -0.6)
     left.set_xlabel("test accuracy")

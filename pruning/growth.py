@@ -47,7 +47,9 @@ def grown_spec(spec: ModelSpec, grow: Sequence[str], num_growths: int) -> ModelS
     turns = list(grow) or names[-1:]
     for name in turns:
         if name not in names:
-            raise UserError(f"grow = {name!r}: no stage of {spec.name} ({', '.join(names)})")
+            raise UserError(
+                f"grow = {name!r}: no stage of {spec.name}, which has {', '.join(names)}"
+            )
     if not turns:
         raise UserError(f"{spec.name} has no list of like blocks, to which one could be added")
     for growth in range(num_growths):

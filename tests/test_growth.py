@@ -54,7 +54,7 @@ def test_a_depth_is_a_network_that_its_specification_builds() -> None:
 @pytest.mark.parametrize(
     ("spec", "grow", "problem"),
     [
-        (MLP, ["hiden"], r"grow = 'hiden': no stage of mlp \(hidden\)"),
+        (MLP, ["hiden"], r"grow = 'hiden': no stage of mlp, which has hidden"),
         (ModelSpec("vgg11", 10, 3), [], "vgg11 has no list of like blocks"),
         (ModelSpec("regnetx_002", 10, 3), ["s4"], "it takes no such list"),
     ],

@@ -415,7 +415,11 @@ MISTAKES: list[Mistake] = [
     (GROWTH + 'recover = "half"\n', (), "recover = 'half': is not a duration"),
     (GROWTH + 'insertion = "identity"\n', (), "insertion = 'identity': invalid choice"),
     (GROWTH, ("--model.basis", "random"), "stages.growth: model.basis = 'random': a new block is"),
-    (GROWTH + 'grow = ["hiden"]\n', (), "stages.growth.grow = 'hiden': no stage of mlp (hidden)"),
+    (
+        GROWTH + 'grow = ["hiden"]\n',
+        (),
+        "stages.growth.grow = 'hiden': no stage of mlp, which has hidden",
+    ),
     (GROWTH + 'exclude = ["fx"]\n', (), "stages.growth.exclude = 'fx' matches no"),
     (GROWTH + 'exclude = ["*"]\n', (), "stages.growth: exclude leaves no layer to prune"),
     (
