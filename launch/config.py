@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from data.errors import UserError, did_you_mean
+from launch.given import Given, explain
 from launch.parsing import ParseError, parse
 from launch.recipes import RECIPES
 from launch.sweep import SweepConfig, seed_name
@@ -25,24 +26,6 @@ from train.settings import Settings
 C = TypeVar("C")
 COMMAND_LINE = "command line"
 _FILE_ONLY = ("name", "seed")  # of the run, not of a stage
-_NO_NUMBERS = (
-    (r"could not convert string to float: .*", "must be a number"),
-    (r"invalid literal for int\(\).*", "must be a whole number"),
-    (
-        r"Could not find valid parse for arguments: .*",
-        "must be numbers, of the kind that --help says",
-    ),
-)
-"""what Python and tyro say of words that are none"""
-
-
-@dataclass(frozen=True)
-class Given:
-    """A value that somebody wrote, and where."""
-
-    key: str
-    words: tuple[str, ...]
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -284,36 +267,8 @@ def _parse(kind: type[C], given: Sequence[Given], prefix: str = "") -> C:
     try:
         parsed: C = parse(kind, words, config=(tyro.conf.FlagConversionOff,))
     except ParseError as error:
-        raise UserError(_explain(str(error), last, prefix)) from None
+        raise UserError(explain(str(error), last, prefix)) from None
     return parsed
-
-
-def _explain(message: str, given: dict[str, Given], prefix: str) -> str:
-    """A parser's message, with where the value was written and under which key."""
-    option = re.search(r"--([\w.-]+)", message)
-    check = re.match(r"Error parsing ([\w.]+): (\w+)", message)
-    key = ""
-    if option:
-        key = option[1].replace("-", "_")
-    elif check:  # a section's own check begins with its name and the field's
-        nested = f"{check[1]}.{check[2]}"
-        key = nested if nested in given else check[2]
-    message = re.sub(r"Missing from \S+: .*", "is required", message)
-    message = re.sub(r"no type matching (\S+) could be.*", r"must be \1", message)
-    for raw, told in _NO_NUMBERS:
-        message = re.sub(raw, told, message)
-    reason = re.sub(r"^Error parsing [\w.-]+: ", "", message)
-    if key in given:
-        one = given[key]
-        value = " ".join(one.words)
-        return f"{one.origin}: {prefix}{key} = {value!r}: {_without_key(reason, key)}"
-    return f"{prefix}{key}: {_without_key(reason, key)}" if key else f"{prefix}{reason}"
-
-
-def _without_key(reason: str, key: str) -> str:
-    """Drops the `name = value: ` with which a section's own check begins."""
-    leaf = key.rsplit(".", 1)[-1]
-    return re.sub(rf"^{leaf}( = (\[.*?\]|\(.*?\)|'.*?'|\S+?):?|:) ", "", reason)
 
 
 # Writing ---------------------------------------------------------------------------------
