@@ -27,10 +27,9 @@ from pruning.growth_config import Control, GrowthConfig, told_of
 from pruning.growth_networks import Networks, State
 from pruning.growth_phases import Phases
 from pruning.masks import Masks
-from pruning.program import Arm, around, masks_of, train_ticket
+from pruning.program import Arm, around, masks_of, train_ticket, trained_weights_of
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
-from pruning.trained import trained_weights
 from pruning.weight_store import StoredWeights, write_weights
 from train.schedule import stretched
 from train.session import Session, Start
@@ -207,7 +206,7 @@ class _Growth:
         """State and masks with which the training of a level begins."""
         if previous is None:
             return self.networks.first_values(0), self.networks.dense(0)
-        state = trained_weights(previous, self.phases.folder(previous.name), self.session.engine)
+        state = trained_weights_of(self.tickets, previous, self.session.engine)
         masks = self._masks(previous)
         if not recursion.grows:
             return state, masks

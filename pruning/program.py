@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from data.errors import RunError, StoreError
 from pruning.fixed import FixedMasks
 from pruning.mask_store import read_masks, write_masks
@@ -18,6 +20,7 @@ from pruning.masks import Masks
 from pruning.signed_weights import SignedWeights
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
+from pruning.trained import trained_weights
 from pruning.weight_store import StoredWeights
 from train.evaluate import Evaluation
 from train.models import ModelSpec
@@ -127,6 +130,12 @@ def masks_of(tickets: TicketFolder, ticket: Ticket, ranks: Ranks) -> Masks:
     """The masks of a ticket of the run, on every rank. Raises `RunError` with the remedy."""
     with _remedy(tickets, ticket.stage, ticket.name):
         return ticket.read(ranks).masks
+
+
+def trained_weights_of(tickets: TicketFolder, ticket: Ticket, ranks: Ranks) -> dict[str, Tensor]:
+    """What a ticket of the run was trained to, on every rank. Raises `RunError` with the remedy."""
+    with _remedy(tickets, ticket.stage, ticket.name):
+        return trained_weights(ticket, tickets.folder / ticket.place, ranks)
 
 
 def around(

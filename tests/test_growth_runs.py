@@ -1,6 +1,7 @@
 """Recursive growth as a stage of whole runs: grown, stopped, resumed, refused, on several ranks."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,22 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert run_ranks(1, killed_run, words, point, count) == [KILLED]
     assert tombola(*words) == [0]
     assert_same_run(killed / "tiny", run(whole, BASE + text))
+
+
+def test_a_damaged_end_of_a_level_names_the_remedy(tmp_path: Path) -> None:
+    """The network that grows from it needs it: with the level's folder removed the run goes on."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    words = ["run", write_config(killed, BASE + ONE), "--root", str(killed)]
+    assert run_ranks(1, killed_run, words, "a step", 18 + 2) == [KILLED]
+    level = killed / "tiny/growth/level-00"
+    (level / "checkpoints/step-00000006/__0_0.distcp").write_bytes(b"damaged")
+    assert tombola(*words, output=tmp_path / "out") == [1]
+    assert f"remove {level} to train that level again" in (tmp_path / "out.0").read_text()
+    shutil.rmtree(level)
+    assert tombola(*words) == [0]
+    assert ticket_facts(killed / "tiny") == ticket_facts(run(whole, BASE + ONE))
 
 
 def test_a_run_killed_in_recursion_3_on_two_ranks_goes_on_bit_for_bit(tmp_path: Path) -> None:
