@@ -12,14 +12,14 @@ from pruning.tickets import Ticket, find_ticket
 
 def find_tickets(place: str, root: str) -> Tickets:
     """A run or a store by path or URL, or a run by its name under `root`."""
-    if "://" in place:
-        return open_tickets(place)
     for candidate in _candidates(place, root):
         with contextlib.suppress(UserError):
             return open_tickets(candidate)
     runs = find_runs(place, root)
     if runs:
         raise UserError(f"{place}: holds runs of several seeds: name one of them, as {runs[0]}")
+    if "://" in place:
+        return open_tickets(place)  # which says what is wrong
     near = did_you_mean(place, Folder(root).names())
     raise UserError(
         f"{place}: no run and no ticket store there, and no run of that name under {root}{near}"

@@ -200,7 +200,9 @@ def test_a_report_of_several_seeds_compares_them(
 def test_what_needs_one_run_names_those_that_are_there(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in (["tickets", "list", "tiny"], ["tickets", "verify", "tiny"]):
+    url = f"file://{root}/tiny"
+    for words in (["list", "tiny"], ["verify", "tiny"], ["list", url]):
+        words = ["tickets", *words]
         printed = lines(capsys, [*words, "--root", str(root)], 2)
         assert "holds runs of several seeds: name one of them, as" in printed
         assert printed.rstrip().endswith("tiny/seed-3")
