@@ -5,6 +5,7 @@ Every draw comes from `data.order.sample_uniforms`: what happens to a sample dep
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.order import sample_uniforms
+
+
+def placed(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device, without waiting for what the device was given before."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # what is not pinned is copied in step with the device
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,14 @@ class Augmenter:
     def __call__(self, samples: NDArray[np.int64], *, seed: int, epoch: int) -> Tensor:
         """The augmented images of `samples`: `[len(samples), C, H, W]`."""
         device = self._padded.device
-        index = torch.from_numpy(samples).to(device)
+        images = self._padded.index_select(0, placed(samples, device))
+        if self.augmentation == Augmentation():
+            return images
         draws = sample_uniforms(seed, epoch, samples, 3)
-        images = self._padded.index_select(0, index)
         if self.augmentation.max_shift:
             images = self._crop(images, draws[:, 0], draws[:, 1])
         if self.augmentation.flip:
-            flip = torch.from_numpy(draws[:, 2] < 0.5).to(device).view(-1, 1, 1, 1)
+            flip = placed(draws[:, 2] < 0.5, device).view(-1, 1, 1, 1)
             images = torch.where(flip, images.flip(3), images)
         return images
 
@@ -77,7 +87,7 @@ class Augmenter:
         num_offsets = 2 * self.augmentation.max_shift + 1
         height, width = self.size
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, oy, ox, H, W], a view
-        rows = torch.from_numpy((top * num_offsets).astype(np.int64)).to(padded.device)
-        columns = torch.from_numpy((left * num_offsets).astype(np.int64)).to(padded.device)
+        rows = placed((top * num_offsets).astype(np.int64), padded.device)
+        columns = placed((left * num_offsets).astype(np.int64), padded.device)
         each = torch.arange(len(padded), device=padded.device)
         return windows[each, :, rows, columns]

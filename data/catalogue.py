@@ -36,11 +36,13 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Names":
+        """Names that are packed into one string, in their order."""
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
 
     def raw(self, index: int) -> bytes:
+        """The bytes of name number `index`."""
         start = int(self.ends[index - 1]) if index else 0
         return self.buffer[start : int(self.ends[index])].tobytes()
 

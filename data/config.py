@@ -4,16 +4,19 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from data.arrays import READERS
 from data.errors import did_you_mean
 
-IN_MEMORY = ("digits", "cifar10", "cifar100", "idx")
-"""held on the device as a whole"""
 ON_DISK = ("imagenet", "folder", "webdataset")
-"""read and decoded as they come"""
-SOURCES = (*IN_MEMORY, *ON_DISK)
+"""read and decoded as they come; what has a reader is held on the device as a whole"""
 _FILES_ONLY = ("size", "eval_size", "eval_resize", "color_jitter")
 _POINT = re.compile(r"(\d+)(?:@(\d+(?:\.\d+)?(?:ep|%)|\d+it))?")
 """a size, and the `train.duration` after which it holds"""
+
+
+def sources() -> tuple[str, ...]:
+    """The kinds of data sets there are."""
+    return (*READERS, *ON_DISK)
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class DataConfig:
     """image files: side of the training images, 224 by default; a schedule is a list of points as
     160 160@65ep 192@76ep, linear between them, set at each epoch to a multiple of 32"""
     eval_size: int | None = None
-    """image files: side of the evaluation's centre crop (default: the last training size)"""
+    """image files: side of the evaluation's centre crop; by default the last training size"""
     eval_resize: int | None = None
-    """image files: the shorter side before that crop (default: 8/7 of it, 256 for 224)"""
+    """image files: the shorter side before that crop; by default 8/7 of it, 256 for 224"""
     min_crop: float = 0.08
     """image files: least share of an image's area that a random crop shows"""
     color_jitter: float = 0.0
@@ -46,19 +49,19 @@ class DataConfig:
     """a training image that cannot be decoded ends the run, or is replaced by the next of its
     class and recorded"""
     manifest: str | None = None
-    """image files: folder or URL that keeps what was read of their headers, for several runs
-    (default: the run's folder)"""
+    """image files: folder or URL that keeps what was read of their headers, for several runs;
+    by default the run's folder"""
     decoder: Literal["auto", "cpu", "gpu"] = "auto"
     """image files: what decodes JPEGs; auto is the GPU where there is one"""
     threads: int | None = None
-    """image files: decoding threads per rank (default: the rank's share of the cores)"""
+    """image files: decoding threads per rank; by default the rank's share of the cores"""
     prefetch: int | None = None
-    """image files: batches decoded ahead (default: 2, or 3 from four threads on)"""
+    """image files: batches decoded ahead; by default 2, or 3 from four threads on"""
 
     def __post_init__(self) -> None:
-        if self.kind not in SOURCES:
-            known = ", ".join(SOURCES)
-            near = did_you_mean(self.kind, SOURCES)
+        if self.kind not in sources():
+            known = ", ".join(sources())
+            near = did_you_mean(self.kind, sources())
             raise ValueError(f"source = {self.source!r} is not known{near} (known: {known})")
         for name in ("batch_size", "eval_batch_size", "eval_size", "eval_resize", "threads"):
             value = getattr(self, name)
@@ -80,7 +83,7 @@ class DataConfig:
                     f"size = {' '.join(self.size)!r}: write 224, or a schedule as "
                     "160 160@65ep 192@76ep, with sizes from 16 to 4096"
                 )
-        if self.kind in IN_MEMORY:
+        if self.kind in READERS:
             for name in _FILES_ONLY:
                 if getattr(self, name):
                     raise ValueError(

@@ -12,6 +12,10 @@ class RunError(Exception):
     """The run cannot go on, and nothing is lost: full disk, non-finite loss. Exit code 1."""
 
 
+class Diverged(RunError):
+    """A training has come to what is no number: tried again, it would once more."""
+
+
 class StoreError(RunError, OSError):
     """An object store failed, beyond what its client tries again by itself."""
 
@@ -21,6 +25,8 @@ class Interrupted(Exception):
 
     met_by_all = True
     """all ranks stop together: one of them says so"""
+    was_signalled = False
+    """whether the signal came to this rank, and not to another"""
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ def fsync_folder(path: Path) -> None:
 class Folder:
     """A folder, local or remote, made when something is written; `folder / "a/b"` is below it."""
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(self, url: "str | Path | Folder") -> None:
         text = str(url)
         self.url = text if text.endswith("://") else text.rstrip("/") or "/"
         try:
@@ -269,7 +269,7 @@ class Journal:
         self._folder, self._name = folder, name
         content = folder.read(name) if folder.exists(name) else b""
         whole = content[: content.rfind(b"\n") + 1]
-        self.records = [self._parse(line, n) for n, line in enumerate(whole.splitlines(), 1)]
+        self.records = _records(folder, name, whole)
         path = folder.local_path
         self._remote: list[bytes] = []
         if path is None:
@@ -280,15 +280,11 @@ class Journal:
             if len(whole) < len(content):
                 self._file.truncate(len(whole))
 
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            where = f"{self._folder}/{self._name}, line {number}"
-            raise RunError(f"{where}: damaged: remove the lines from there on, and go on")
-        return record
+    @staticmethod
+    def read(folder: Folder, name: str) -> list[dict[str, Any]]:
+        """The records so far of a journal that another process may be writing."""
+        content = folder.read(name)
+        return _records(folder, name, content[: content.rfind(b"\n") + 1])
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line; a crash of this process does not lose it on a local disk."""
@@ -311,6 +307,21 @@ class Journal:
         self.sync()
         if self._file is not None:
             self._file.close()
+
+
+def _records(folder: Folder, name: str, whole: bytes) -> list[dict[str, Any]]:
+    """The records in whole lines. Raises `RunError` for a line that is none."""
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            where = f"{folder}/{name}, line {number}"
+            raise RunError(f"{where}: damaged: remove the lines from there on, and go on")
+        records.append(record)
+    return records
 
 
 def read_content(url: str) -> bytes:

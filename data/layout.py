@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from data.config import SOURCES
+from data.config import sources
 from data.errors import UserError, did_you_mean
 from data.files import Folder
 from data.scan import EXTENSIONS
@@ -70,7 +70,7 @@ def parse_source(text: str) -> tuple[str, str]:
     Raises `UserError` where the kind cannot be found out.
     """
     kind, _, place = text.partition(":")
-    if kind in SOURCES and (place or kind == "digits"):
+    if kind in sources() and (place or kind == "digits"):
         return kind, place
     return find_kind(text), text
 

@@ -8,10 +8,9 @@ that decodes files.
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from data.augment import Augmenter
+from data.augment import Augmenter, placed
 from data.errors import UserError
 from data.order import SampleOrder, shard
 
@@ -37,7 +36,9 @@ class Loader(Protocol):
     """Training batches from a given step on, without end."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        ...
 
     @property
     def batch_size(self) -> int:
@@ -46,9 +47,13 @@ class Loader(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
 
-    def state_dict(self) -> dict[str, int]: ...
+    def state_dict(self) -> dict[str, int]:
+        """The position, as one integer."""
+        ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on at a position that `state_dict` gave."""
+        ...
 
     @property
     def skips_bad(self) -> bool:
@@ -64,7 +69,9 @@ class EvaluationSet(Protocol):
     """This rank's share of a data set, each image of which belongs to exactly one rank."""
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """Images of the split, over all ranks."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -93,10 +100,12 @@ class Positioned:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
         return self.order.steps_per_epoch
 
     @property
     def batch_size(self) -> int:
+        """Images of a global batch."""
         return self.order.batch_size
 
     def state_dict(self) -> dict[str, int]:
@@ -104,6 +113,7 @@ class Positioned:
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on at a position that `state_dict` gave."""
         self._position = state["position"]
 
 
@@ -127,7 +137,7 @@ class MemoryLoader(Positioned):
         while True:
             epoch, step = divmod(self._position, self.steps_per_epoch)
             samples = self.order.batch(epoch, step, self._rank, self._world_size)
-            labels = self._labels[torch.from_numpy(samples).to(self._labels.device)]
+            labels = self._labels[placed(samples, self._labels.device)]
             self._position += 1
             yield Batch(self._augment(samples, seed=self.order.seed, epoch=epoch), labels)
 

@@ -68,13 +68,17 @@ class Decoding:
     prefetch: int = 2
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; nothing of it is, but for the package that it is in."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # that package is not there
+        return False
+
+
 def require_dali() -> None:
     """Raises `UserError` where DALI is not installed."""
-    try:
-        found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if not is_installed("nvidia.dali"):
         raise UserError(
             "image files are read through NVIDIA DALI, which is not installed: "
             "pip install 'tombola[dali]'"

@@ -37,6 +37,7 @@ class Header(NamedTuple):
 
     @classmethod
     def bad(cls, problem: str) -> "Header":
+        """The header of a file that cannot be used, and why."""
         return cls(0, 0, PROBLEMS.index(problem))
 
 

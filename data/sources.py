@@ -14,7 +14,7 @@ from data.arrays import READERS, ImageArrays, Split
 from data.augment import Augmentation, Augmenter, Preprocessing
 from data.catalogue import Catalogue, Manifest, Progress, silent
 from data.cataloguing import cache_name, load_catalogue, make_catalogue
-from data.config import IN_MEMORY, DataConfig
+from data.config import DataConfig
 from data.encoded import EncodedImages
 from data.errors import UserError
 from data.files import Folder
@@ -28,6 +28,8 @@ _MOST_EVALUATED = 256  # decoded images wait in memory, several batches of them
 
 
 class MakeLoader(Protocol):
+    """Makes loaders of the training images."""
+
     def __call__(
         self,
         seed: int,
@@ -43,6 +45,8 @@ class MakeLoader(Protocol):
 
 
 class MakeEvaluationSet(Protocol):
+    """Makes evaluations of the training images."""
+
     def __call__(
         self, num_images: int | None = None, *, without: Sequence[int] = ()
     ) -> EvaluationSet:
@@ -88,7 +92,7 @@ def prepare_data(
     Of image files, the catalogue is made or brought up to date in `cache`. Raises `UserError` where
     the data are missing, or images are bad and may not be skipped.
     """
-    if config.kind in IN_MEMORY:
+    if config.kind in READERS:
         return record_of_arrays(config.kind, READERS[config.kind](config.place)), ""
     require_dali()
     name = cache_name(config.kind, config.place)
@@ -136,7 +140,7 @@ def open_data(
     Image files are opened by the catalogue that `prepare_data` left in `cache`, and by the `token`
     that it gave. Raises `UserError` where the data are missing.
     """
-    if config.kind in IN_MEMORY:
+    if config.kind in READERS:
         return _open_arrays(config, READERS[config.kind](config.place), place)
     assert cache is not None
     content = cache.read(cache_name(config.kind, config.place))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.augment import placed
 from data.blame import Trials, undecodable
 from data.encoded import EncodedImages
 from data.errors import RunError
@@ -143,8 +144,7 @@ class FileLoader(Positioned):
         )
 
     def _labels(self, plan: _Plan, device: torch.device) -> Tensor:
-        labels = torch.from_numpy(self._encoded.manifest.labels[plan.samples])
-        return labels.to(device, non_blocking=True)
+        return placed(self._encoded.manifest.labels[plan.samples], device)
 
     # What cannot be decoded --------------------------------------------------------------
 
@@ -207,15 +207,15 @@ class FileEvaluationSet:
         self._rank, self._world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        labels = torch.from_numpy(self._encoded.manifest.labels)
+        labels = self._encoded.manifest.labels
         done, trials = 0, Trials()
         while True:  # a new pipeline, after a reading that failed
             drawn: deque[NDArray[np.int64]] = deque()
             try:
                 for images in decoded(self._decoding, self._feeds_of(self._parts(done, drawn))):
-                    part = torch.from_numpy(drawn.popleft())
+                    part = drawn.popleft()
                     done += 1
-                    yield Batch(images.to(self._dtype), labels[part].to(images.device))
+                    yield Batch(images.to(self._dtype), placed(labels[part], images.device))
                 return
             except DecodeError as error:
                 self._refuse_bad(drawn)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from data.arrays import READERS
 from data.catalogue import Progress, silent
-from data.config import IN_MEMORY
 from data.errors import UserError
 from data.files import Folder
 from data.inspection import Decode, Flaw, Inspected, Sample, inspect
@@ -88,7 +87,7 @@ def verify(
     workers = num_cpus() if num_workers is None else num_workers
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    if kind in IN_MEMORY:
+    if kind in READERS:
         source, inspected = _of_arrays(kind, place)
     else:
         is_shards = kind == "webdataset"

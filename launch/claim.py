@@ -1,17 +1,16 @@
-"""A run's folder belongs to one configuration, and to one process at a time."""
+"""A run's folder belongs to one configuration, and each part to one process at a time."""
 
 import contextlib
-import fcntl
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import tomli_w
 import torch
@@ -20,11 +19,14 @@ from data.errors import UserError
 from data.files import Folder
 from data.record import Record, differences
 from launch.config import RunConfig, flat, parse_document
+from launch.hosts import ranks_before
+from launch.locks import busy_stages, folder_lock, unit_lock
 from pruning.sources import RECORD
 from train.engine import Engine
+from train.metrics import is_journal
 from train.versions import software_versions
 
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "checkpoint.",
     "log.",
     "data.root",
@@ -34,44 +36,79 @@ _MAY_CHANGE = (
     "data.prefetch",
     "data.threads",
     "train.micro_batch",
+    "train.pack_below",
     "train.timeout",
 )
-"""keys that change how a run is watched, saved and spread over devices, but not what it computes"""
-_NO_RESULTS = {
-    "config.toml",
-    "data.json",
-    "environment.json",
-    "manifests",
-    "metrics.jsonl",
-    "tensorboard",
-    ".lock",
-}
-"""what a run writes before it has anything to lose"""
+"""keys that change how a run is watched, saved and spread over devices, but not what it computes
+beyond the order of sums"""
+_NO_RESULTS = ("config.toml", "data.json", "manifests", "tensorboard")
+"""what a run writes before it has anything to lose, beside the files of each process"""
+
+
+class Claim(NamedTuple):
+    """What a process is told that has claimed a run, or a part of it."""
+
+    ranks_before: list[int]
+    """the numbers of ranks of the attempts at it so far"""
+    is_guarded: bool
+    """whether locks keep other processes out"""
 
 
 @contextlib.contextmanager
-def claimed(folder: Folder, config: RunConfig, engine: Engine) -> Iterator[None]:
-    """A context in which the folder is this run's, and locked against other processes.
+def claimed(
+    folder: Folder, config: RunConfig, engine: Engine, units: Sequence[str], *, part: str = ""
+) -> Iterator[Claim]:
+    """A context in which these units of a run are this process's, and locked against others.
 
-    Raises `UserError` where it holds results of another configuration, naming the differences (a
-    stage without results may still change, come or go), or where another process works in it
-    (found out on a local disk only).
+    `part` names its files. Raises `UserError` where the folder holds results of another
+    configuration, naming the differences (a stage without results that nobody is at may still
+    change, come or go), or where another process is at one of the units (found out where there are
+    locks only).
     """
-    held: list[IO[str]] = []
+    held = contextlib.ExitStack()
 
-    def take() -> None:
-        if folder.local_path is not None:
-            held.append(_lock(folder.local_path))
-        require_same(folder, config)
-        folder.write("config.toml", tomli_w.dumps(config.document()).encode())
-        folder.write_json("environment.json", [*_attempts(folder), environment(engine)])
+    def take() -> Claim:
+        locks = [held.enter_context(unit_lock(folder, unit)) for unit in units]
+        with folder_lock(folder):
+            require_same(folder, config, busy=busy_stages(folder, units))
+            folder.write("config.toml", tomli_w.dumps(config.document()).encode())
+            return Claim(_attempt(folder, engine, part), all(locks))
 
-    try:
-        engine.on_main(take)
-        yield
-    finally:
-        for lock in held:
-            lock.close()
+    with held:
+        yield engine.on_main(take, patient=True)
+
+
+def _attempt(folder: Folder, engine: Engine, part: str) -> list[int]:
+    """Records this attempt, and gives the numbers of ranks of those before it.
+
+    Each part has a file of its own, which nobody else writes. It also tells with how many ranks the
+    run had begun when the part did, so that what comes of the part does not depend on what others
+    record later.
+    """
+    name = f"environment-{part}.json" if part else "environment.json"
+    own, before = _attempts(folder, name), ranks_before(attempts(folder))
+    if own and before and isinstance(own[0].get("begun_with"), int):
+        before[0] = own[0]["begun_with"]
+    begun_with = before[0] if before else engine.world_size
+    folder.write_json(name, [*own, {**environment(engine), "begun_with": begun_with}])
+    return before
+
+
+def attempts(folder: Folder) -> list[dict[str, Any]]:
+    """The attempts at a run, and at parts of it, as `environment` tells of them, in the order in
+    which they began."""
+    names = filter(_tells_attempts, folder.names())
+    found = [attempt for name in names for attempt in _attempts(folder, name)]
+    return sorted(found, key=lambda attempt: str(attempt.get("started")))
+
+
+def num_devices(folder: Folder) -> int:
+    """On how many GPUs, or processes without one, a run was trained in its last attempt."""
+    return (ranks_before(attempts(folder)) or [1])[-1]
+
+
+def _tells_attempts(name: str) -> bool:
+    return name.startswith("environment") and name.endswith(".json")
 
 
 def claim_data(folder: Folder, stage: str, record: Record, engine: Engine) -> None:
@@ -81,6 +118,10 @@ def claim_data(folder: Folder, stage: str, record: Record, engine: Engine) -> No
     """
 
     def claim() -> None:
+        with folder_lock(folder):
+            write()
+
+    def write() -> None:
         records = folder.read_json("data.json") if folder.exists("data.json") else {}
         if stage in records and _stage_has_results(folder, stage):
             require_data(folder, stage, record)
@@ -102,7 +143,12 @@ def require_data(folder: Folder, stage: str, record: Record) -> None:
 
 def _has_results(folder: Folder) -> bool:
     """Whether there is anything to lose."""
-    return any(_stage_has_results(folder, n) for n in set(folder.names()) - _NO_RESULTS)
+    return any(
+        _stage_has_results(folder, name)
+        for name in folder.names()
+        if not (name in _NO_RESULTS or name.startswith(".") or is_journal(name))
+        and not _tells_attempts(name)
+    )
 
 
 def read_run(folder: Folder) -> RunConfig:
@@ -140,41 +186,37 @@ def environment(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _lock(folder: Path) -> IO[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")  # noqa: SIM115 - held until the process ends
+def _attempts(folder: Folder, name: str) -> list[dict[str, Any]]:
+    """The earlier attempts that a file tells of; a damaged list is no reason not to go on."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"{folder}: another process is running in this folder; wait for it, or choose "
-            "another --name"
-        ) from None
-    return file
-
-
-def _attempts(folder: Folder) -> list[Any]:
-    """The earlier attempts at this run; a damaged list is no reason not to go on."""
-    try:
-        found = folder.read_json("environment.json")
+        found = folder.read_json(name)
     except (FileNotFoundError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
-def require_same(folder: Folder, config: RunConfig) -> None:
-    """Raises `UserError` where the folder holds results of another configuration."""
-    if not folder.exists("config.toml") or not _has_results(folder):
+def require_same(
+    folder: Folder,
+    config: RunConfig,
+    *,
+    busy: Set[str] = frozenset(),
+    apart: Set[str] = frozenset(),
+) -> None:
+    """Raises `UserError` where the folder holds results of another configuration.
+
+    Or where other processes are about to write some: `busy` are the stages that they are at. Of the
+    keys that set it `apart` nothing is said.
+    """
+    if not folder.exists("config.toml") or not (busy or _has_results(folder)):
         return
     before = flat(read_run(folder).document())
     now = flat(config.document())
     differences = [
         f"{key} is {before.get(key, 'not set')!r} there and {now.get(key, 'not set')!r} here"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - apart)
         if _compared(key, before) != _compared(key, now)
-        and not key.startswith(_MAY_CHANGE)
-        and _is_settled(folder, key)
+        and not key.startswith(MAY_CHANGE)
+        and _is_settled(folder, key, busy)
     ]
     if differences:
         raise UserError(
@@ -183,10 +225,11 @@ def require_same(folder: Folder, config: RunConfig) -> None:
         )
 
 
-def _is_settled(folder: Folder, key: str) -> bool:
-    """Whether a setting has results: one of a stage's own, once that stage has any."""
+def _is_settled(folder: Folder, key: str, busy: Set[str]) -> bool:
+    """Whether a setting has results: one of a stage's own, once that stage has any, or is busy."""
     section, _, rest = key.partition(".")
-    return section != "stages" or _stage_has_results(folder, rest.partition(".")[0])
+    stage = rest.partition(".")[0]
+    return section != "stages" or stage in busy or _stage_has_results(folder, stage)
 
 
 def _stage_has_results(folder: Folder, stage: str) -> bool:

@@ -4,22 +4,29 @@ Exit codes: 0 done; 2 the user's mistake, one line; 75 interrupted by SIGTERM or
 the same command goes on; 1 anything else.
 """
 
-import errno
+import contextlib
+import io
 import os
+import shutil
 import sys
-import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import metadata
-from typing import Annotated, Literal
+from textwrap import fill
+from typing import Annotated, Literal, Union, get_args
 
 import tyro
 from tyro.conf import Positional, subcommand
 
-from data.errors import Interrupted, RunError, UserError
+from data.errors import UserError
+from launch.agent import die_with_agent, tell_agent
 from launch.data_commands import Data
 from launch.export_commands import Export, ImportTicket
+from launch.failures import EXIT_FAILED, fail
+from launch.machine_commands import Bench, Doctor
 from launch.parsing import ParseError, parse
+from launch.run_commands import Run, Sweep, Watch
+from launch.submit import options
 from launch.ticket_commands import (
     CollectGarbage,
     CopyTickets,
@@ -30,34 +37,19 @@ from launch.ticket_commands import (
     VerifyTickets,
 )
 
-EXIT_INTERRUPTED = 75
-_ENVIRONMENT = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-}
-_SAVED = "the same command goes on from what was saved"
-
 
 @dataclass
-class Run:
-    """Runs a configuration, or what is left of it; --section.key value overrides the file."""
+class Launch:
+    """Runs a configuration on all GPUs of this node, or on several nodes: torchrun, with settings
+    under which a run outlives its nodes."""
 
-    config: Positional[str]
-    """a TOML file"""
-    root: str = "runs"
-    """folder or URL that holds the runs"""
+    words: Positional[tuple[str, ...]]
+    """options of torchrun, then run CONFIG and its options (see tombola launch --help)"""
 
-    def __call__(self, overrides: list[str]) -> None:
-        from launch.run import run
+    def __call__(self) -> int:
+        from launch.agent import launch
 
-        run(self.config, overrides, root=self.root)
+        return launch(self.words)
 
 
 @dataclass
@@ -84,8 +76,13 @@ class Report:
     """Tables of runs: levels, controls, elastic tickets beside IMP's, error barriers; of a run over
     several seeds all methods at the same densities."""
 
-    places: Positional[tuple[str, ...]]
+    places: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
     """runs: paths, URLs, or names under --root; with --barrier two of them, or RUN/STAGE/LEVEL"""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """write a page about all these runs there, an HTML file that needs nothing else: figures,
+    lineage of the tickets, methods, settings, machines"""
+    csv: str | None = None
+    """with -o: also write the numbers of its figures and tables into this folder, as CSV files"""
     compare: bool = False
     """one table of all these runs: what each method reached at like densities, mean and spread"""
     barrier: bool = False
@@ -99,24 +96,25 @@ class Report:
     num_batches: int = 16
     """with --barrier: global training batches to recalibrate on, at each point"""
     train_images: int | None = None
-    """with --barrier: evaluate this many training images, spread evenly (default: all)"""
+    """with --barrier: evaluate this many training images, spread evenly; by default all"""
     data_root: str | None = None
-    """with --barrier: where the data are now (default: where the run had them)"""
+    """with --barrier: where the data are now; by default where the run had them"""
     root: str = "runs"
     """folder or URL that holds the runs"""
     json: bool = False
     """print one JSON document"""
 
     def __call__(self) -> None:
-        from launch.report import report_barrier, report_runs
+        from launch.report import report_barrier, report_page, report_runs
         from pruning.connectivity import Line
 
         try:
             line = Line(self.points, self.batchnorm, self.num_batches, self.train_images)
         except ValueError as error:
             raise UserError(f"--{str(error).replace('_', '-')}") from None
-        if self.barrier and self.compare:
-            raise UserError("--compare and --barrier: choose one")
+        chosen = {"--compare": self.compare, "--barrier": self.barrier, "-o": bool(self.output)}
+        if sum(chosen.values()) > 1:
+            raise UserError(f"{' and '.join(k for k, v in chosen.items() if v)}: choose one")
         if self.barrier:
             report_barrier(
                 self.places,
@@ -128,52 +126,56 @@ class Report:
             )
         elif self.levels or self.data_root is not None or line != Line():
             raise UserError("--levels, --points and their like go with --barrier")
+        elif self.csv is not None and self.output is None:
+            raise UserError("--csv: goes with -o FILE, which makes the figures")
+        elif self.output is not None:
+            report_page(self.places, output=self.output, csv=self.csv, root=self.root)
         else:
             report_runs(self.places, compare=self.compare, root=self.root, as_json=self.json)
 
 
-@dataclass
-class Bench:
-    """Measures this machine against a reference, both in one run, and prints the ratio."""
+@dataclass(frozen=True)
+class Submit(options.Submit):
+    """Writes the files that start a run on a cluster, and hands them over; --section.key value
+    overrides the configuration."""
 
-    benchmark: Positional[
-        Literal["engine", "masks", "checkpoint", "store", "threshold", "loader", "scores", "xnor"]
-    ]
-    """engine: images/s through fit against a bare loop; masks: what a 5 % mask adds to a step;
-    checkpoint: how long a save stops the training, asynchronous against synchronous;
-    store: bytes and seconds of stored masks against torch.save;
-    threshold: choosing the largest weights against a sort and others;
-    loader: images/s of the training view of image files against other loaders;
-    scores: choosing weights once a step against a sort in every forward pass;
-    xnor: convolutions on packed bits against float32"""
-    root: str | None = None
-    """loader: a folder with train/CLASS and val/CLASS to read (default: JPEGs made from sample
-    photographs)"""
-    size: Literal["resnet50", "wide_resnet50_2", "1G"] | None = None
-    """store, threshold: of these layers alone; 1G takes about 16 GiB (default: both ResNets)"""
-    json: bool = False
-    """print one JSON document"""
+    def __call__(self, overrides: list[str]) -> None:
+        from launch.submit.submitting import submit
+
+        self.check()
+        submit(self, overrides)
+
+
+@dataclass
+class Completion:
+    """Prints a script by which a shell completes commands and options: source <(tombola completion
+    bash)"""
+
+    shell: Annotated[Positional[Literal["bash", "zsh"]], tyro.conf.arg(metavar="SHELL")]
+    """bash or zsh"""
 
     def __call__(self) -> None:
-        from launch.bench import BENCHMARKS
-
-        if self.root is not None and self.benchmark != "loader":
-            raise UserError(f"--root: {self.benchmark} reads no images; only loader does")
-        if self.size is not None and self.benchmark not in ("store", "threshold"):
-            raise UserError(f"--size: {self.benchmark} has one size; store and threshold have more")
-        chosen = {"root": self.root, "size": self.size}
-        options = {name: value for name, value in chosen.items() if value is not None}
-        BENCHMARKS[self.benchmark](as_json=self.json, **options)
+        print_completion(self.shell)
 
 
 Command = (
     Annotated[Run, subcommand("run")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Watch, subcommand("watch")]
+    | Annotated[Launch, subcommand("launch")]
     | Annotated[Tickets, subcommand("tickets")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Submit, subcommand("submit")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Completion, subcommand("completion")]
 )
+
+
+RESUMING = ("run", "sweep")
+"""the commands that go on with what they have done, on one rank or many"""
 
 
 def main() -> None:
@@ -181,58 +183,82 @@ def main() -> None:
     code = run_command(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)  # other ranks may be waiting in a collective: do not wait for them
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Other ranks may be waiting in a collective: do not wait for them. And gloo's threads may
+        # hold Python objects, which aborts the process as the interpreter ends.
+        os._exit(code)
     sys.exit(code)
 
 
 def run_command(words: list[str]) -> int:
     """Runs one command and returns its exit code; errors are one line on stderr."""
+    resumes = bool(words) and words[0] in RESUMING
+    if resumes:
+        die_with_agent()
     try:
-        _dispatch(words)
-    except UserError as error:
-        return _fail(error, f"error: {error}", 2)
-    except RunError as error:
-        return _fail(error, f"error: {error}", 1)
-    except Interrupted as error:
-        return _fail(error, f"interrupted: {error}; {_SAVED}", EXIT_INTERRUPTED)
-    except KeyboardInterrupt as error:
-        return _fail(error, f"stopped; {_SAVED}" if words[:1] == ["run"] else "stopped", 1)
+        return _dispatch(words)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tombola ... | head`
-        return 1
-    except OSError as error:
-        if error.errno not in _ENVIRONMENT:
-            traceback.print_exc()
-            return 1
-        where = f": {error.filename}" if error.filename else ""
-        advice = f"; mend it, and {_SAVED}" if words[:1] == ["run"] else ""
-        return _fail(error, f"error: {error.strerror}{where}{advice}", 1)
-    except Exception:
-        traceback.print_exc()
-        return 1
+        return EXIT_FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        code = fail(error, resumes=resumes)
+        if resumes:
+            tell_agent(code, was_signalled=getattr(error, "was_signalled", False))
+        return code
+
+
+def _dispatch(words: list[str]) -> int:
+    """Runs one command; its exit code. Raises what hinders it."""
+    if not words:
+        words = ["--help"]
+    if words[0] == "launch":
+        return Launch(tuple(words[1:]))()  # the options are torchrun's, which its parser reads
+    if words == ["--version"]:
+        print(f"tombola {metadata.version('tombola')}")
+        return 0
+    if words[0] == "run" and {"-h", "--help"} & set(words):
+        _print_run_help()
+        return 0
+    how = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
+    try:
+        if words[0] in (*RESUMING, "submit"):
+            command, overrides = parse(Command, words, return_unknown_args=True, **how)
+            command(overrides)
+        else:
+            return parse(Command, words, **how)() or 0
+    except ParseError as error:
+        options_follow = words[0] in (*RESUMING, "submit") and words[1:]
+        advice = "; give CONFIG before its options" if options_follow else ""
+        raise UserError(f"{error}{advice} (see tombola --help)") from None
     return 0
 
 
-def _dispatch(words: list[str]) -> None:
-    if not words:
-        words = ["--help"]
-    if words == ["--version"]:
-        print(f"tombola {metadata.version('tombola')}")
-        return
-    if words[0] == "run" and {"-h", "--help"} & set(words):
-        _print_run_help()
-        return
-    options = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
-    try:
-        if words[0] == "run":
-            command, overrides = parse(Command, words, return_unknown_args=True, **options)
-            command(overrides)
-        else:
-            parse(Command, words, **options)()
-    except ParseError as error:
-        advice = "; give CONFIG before its options" if words[0] == "run" and words[1:] else ""
-        raise UserError(f"{error}{advice} (see tombola --help)") from None
+def print_completion(shell: str) -> None:
+    """The script for a shell, with the sections of a configuration behind `run` and `sweep`."""
+    commands = [
+        Annotated[_with_sections(one.__origin__), *one.__metadata__] for one in get_args(Command)
+    ]
+    how = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
+    script = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
+        tyro.cli(Union[tuple(commands)], args=["--tyro-print-completion", shell], **how)  # type: ignore[call-overload]  # noqa: UP007
+    for line in script.getvalue().splitlines():
+        if line.startswith("COMPLETION_SPEC"):  # a shell takes each line of a text for an option
+            line = line.replace("\\n", " ")
+        print(line)
+
+
+def _with_sections(kind: type) -> type:
+    """A command that takes what is the configuration's, with these options as its own."""
+    from train.settings import Settings
+
+    if kind not in (Run, Sweep):
+        return kind
+    options = [
+        (one.name, one.type, field(default=one.default, default_factory=one.default_factory))
+        for one in (*fields(kind), *fields(Settings))
+    ]
+    return make_dataclass(kind.__name__, options)
 
 
 def _print_run_help() -> None:
@@ -256,7 +282,7 @@ def _print_run_help() -> None:
         ),
     ):
         if title:
-            print(title)
+            print(fill(title, shutil.get_terminal_size().columns, replace_whitespace=False))
         try:
             parse(kind, ["--help"], prog=prog, add_help=True, config=(tyro.conf.FlagConversionOff,))
         except SystemExit:
@@ -266,13 +292,3 @@ def _print_run_help() -> None:
 def _defaults_of(defaults: Mapping[str, str]) -> str:
     told = ", ".join(f"{key} = {value}" for key, value in defaults.items())
     return f" (with {told}, each unless something in its section is set)" if told else ""
-
-
-def _fail(error: BaseException, line: str, code: int) -> int:
-    """Prints the one line; what rank 0 met and told the others, rank 0 prints alone."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        print(line, file=sys.stderr)
-    elif not getattr(error, "met_by_all", False):
-        print(f"[rank {rank}] {line}", file=sys.stderr)
-    return code

@@ -26,6 +26,7 @@ from train.settings import Settings
 C = TypeVar("C")
 COMMAND_LINE = "command line"
 _FILE_ONLY = ("name", "seed")  # of the run, not of a stage
+_TAKEN = ("tickets", "manifests", "tensorboard")  # folders of a run beside those of its stages
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,20 @@ class RunConfig:
     seeds: tuple[int, ...] = ()
     """with which all of it is run, once each; none: with the seed of the settings"""
 
+    def named(self, name: str) -> "RunConfig":
+        """The same under another name."""
+        return self._changed(name=name)
+
     def with_seed(self, seed: int) -> "RunConfig":
         """The run of one seed among several."""
+        return self._changed(name=seed_name(seed), seed=seed)
 
-        def seeded(settings: Settings) -> Settings:
-            return dataclasses.replace(settings, name=seed_name(seed), seed=seed)
-
+    def _changed(self, **facts: Any) -> "RunConfig":
         stages = tuple(
-            dataclasses.replace(stage, settings=seeded(stage.settings)) for stage in self.stages
+            dataclasses.replace(stage, settings=dataclasses.replace(stage.settings, **facts))
+            for stage in self.stages
         )
-        return RunConfig(seeded(self.settings), stages)
+        return RunConfig(dataclasses.replace(self.settings, **facts), stages)
 
     def document(self) -> dict[str, Any]:
         """The resolved configuration of one seed as a TOML document that is read again."""
@@ -88,13 +93,13 @@ def parse_document(document: dict[str, Any], path: str, overrides: Sequence[str]
     staged = {_stage_name(t, path, i): _flatten(t, path) for i, t in enumerate(tables)}
     if len(staged) < len(tables):
         raise UserError(f"{path}: two stages have the same name")
-    for given in _read_command_line(overrides):
+    for given in read_command_line(overrides):
         if given.key.startswith("stages."):
             stage, key = _split_stage_key(given, staged)
             staged[stage].append(dataclasses.replace(given, key=key))
         else:
             shared.append(given)
-    _check_keys(shared, [*_keys(Settings), *_keys(SweepConfig)])
+    _check_keys(shared, [*known_keys(Settings), *known_keys(SweepConfig)])
     seeds, shared = _read_seeds(shared)
     stages = tuple(_read_stage(name, given, shared, path) for name, given in staged.items())
     return RunConfig(_parse(Settings, shared), stages, seeds)
@@ -141,7 +146,8 @@ def _flatten(document: dict[str, Any], origin: str) -> list[Given]:
     ]
 
 
-def _read_command_line(words: Sequence[str]) -> list[Given]:
+def read_command_line(words: Sequence[str]) -> list[Given]:
+    """What the options after a configuration say. Raises `UserError` for a word without one."""
     found: list[Given] = []
     for word in words:
         if word.startswith("--"):
@@ -158,10 +164,11 @@ def _read_command_line(words: Sequence[str]) -> list[Given]:
 
 def _stage_name(table: dict[str, Any], path: str, index: int) -> str:
     name = table.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == "tickets":
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in _TAKEN:
+        taken = ", ".join(map(repr, _TAKEN))
         raise UserError(
             f"{path}: stage {index + 1} needs a name of letters, digits, '-' and '_' "
-            "(other than 'tickets')"
+            f"(other than {taken})"
         )
     return name
 
@@ -206,8 +213,8 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
             f"(recipes: {', '.join(RECIPES)})"
         )
     kind = RECIPES[recipe].config
-    shared_keys = [key for key in _keys(Settings) if key not in _FILE_ONLY]
-    own_keys = _keys(kind)
+    shared_keys = [key for key in known_keys(Settings) if key not in _FILE_ONLY]
+    own_keys = known_keys(kind)
     options = [g for g in given if g.origin == COMMAND_LINE or g.key not in ("name", "recipe")]
     _check_keys(options, [*own_keys, *shared_keys, "name", "recipe"], f"stages.{name}.")
     own = [g for g in options if g.key in shared_keys]
@@ -217,8 +224,10 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
     try:
         settings = _parse(Settings, [*shared, *own], "")
     except UserError as error:
-        own_text = f", which sets {', '.join(g.key for g in own)}" if own else ""
-        raise UserError(f"{error} (in stage {name!r}{own_text})") from None
+        if not own:
+            raise
+        own_text = ", ".join(one.key for one in own)
+        raise UserError(f"{error} (in stage {name!r}, which sets {own_text})") from None
     return Stage(name, recipe, config, settings, _picked(settings, [g.key for g in own]))
 
 
@@ -241,13 +250,13 @@ def _refuse_renaming(options: Iterable[Given], stage: str) -> None:
 # Checking --------------------------------------------------------------------------------
 
 
-def _keys(kind: type[Any], prefix: str = "") -> list[str]:
+def known_keys(kind: type[Any], prefix: str = "") -> list[str]:
     """The keys of a configuration class, those of its sections dotted."""
     keys: list[str] = []
     for field in dataclasses.fields(kind):
         section = field.default_factory
         if isinstance(section, type) and dataclasses.is_dataclass(section):
-            keys += _keys(section, f"{prefix}{field.name}.")
+            keys += known_keys(section, f"{prefix}{field.name}.")
         else:
             keys.append(f"{prefix}{field.name}")
     return keys

@@ -11,14 +11,14 @@ from tyro.conf import Positional, subcommand
 class VerifyData:
     """Reads and decodes every image of a data set; exit code 1 if anything is wrong."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """folder or URL, whose kind is found out, or KIND:PATH"""
     allow: tuple[str, ...] = ()
     """kinds of findings that are no fault here: grayscale cmyk duplicate ..."""
     output: str = "verify.csv"
     """file that lists what is wrong"""
     workers: int | None = None
-    """processes that decode (default: one a core)"""
+    """processes that decode; by default one a core"""
     json: bool = False
     """print one JSON document"""
 
@@ -38,7 +38,7 @@ class VerifyData:
 class PackData:
     """Packs a data set of image files into WebDataset shards."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """folder or URL, whose kind is found out, or KIND:PATH"""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """folder or URL of the shards"""
@@ -49,7 +49,7 @@ class PackData:
     shard_size: int = 2048
     """images per shard"""
     workers: int | None = None
-    """processes that encode (default: one a core)"""
+    """processes that encode; by default one a core"""
     json: bool = False
     """print one JSON document"""
 

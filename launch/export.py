@@ -3,13 +3,16 @@
 import os
 from collections.abc import Mapping
 
+import torch
+
 from data.errors import UserError
 from data.files import Folder
 from launch.places import locate
 from pruning import biprop, mpt
 from pruning.exporting import Format, Subnetwork, export
 from pruning.importing import Origin, imported, read_state, store, store_prize
-from pruning.onnx_model import require_packages
+from pruning.onnx_model import image_sides, require_packages
+from pruning.semi_structured import semi_structured
 from pruning.tickets import Ticket
 from train.models import ModelConfig, ModelSpec
 
@@ -28,8 +31,9 @@ def export_ticket(
 
     Raises `UserError` before anything is read where that cannot be.
     """
-    if image_size is not None and form not in ("onnx", "mpt"):
-        raise UserError(f"--image-size {image_size}: goes with --format onnx or mpt, not {form}")
+    if image_size is not None and form not in ("onnx", "mpt", "semi-structured"):
+        others = "onnx, mpt or semi-structured"
+        raise UserError(f"--image-size {image_size}: goes with --format {others}, not {form}")
     if image_size is not None and image_size < 1:
         raise UserError(f"--image-size {image_size}: must be at least 1")
     if form == "onnx":
@@ -38,9 +42,33 @@ def export_ticket(
     if folder.exists(name) and not force:
         raise UserError(f"{output}: is there already; --force replaces it")
     url = locate(place, root)
-    content = export(_chosen(url, trained), form, image_size=image_size)
+    network = _chosen(url, trained)
+    content = export(network, form, image_size=image_size)
     folder.write(name, content)
     print(f"{output}: {url} as {form}, {len(content):,} bytes")
+    if form == "semi-structured":
+        _tell_inference(network, image_size)
+
+
+def _tell_inference(network: Subnetwork, image_size: int | None) -> None:
+    """Which layers are 2:4, and on a CUDA machine what that does for the time of an inference."""
+    from launch.bench.semi_structured import measure_inference
+
+    ticket = network.ticket
+    names = semi_structured(ticket.masks)
+    print(f"{len(names)} of {len(ticket.masks)} layers are 2:4")
+    if not torch.cuda.is_available():
+        print("a CUDA machine is needed to tell what that does for the time of an inference")
+        return
+    model = network.build_model()
+    shape = (ticket.model.in_chans, *image_sides(model, image_size))
+    try:
+        result = measure_inference(model, names, shape)
+    except RuntimeError as error:  # too little memory, or a GPU without such kernels
+        print(f"its inference cannot be timed here: {str(error).partition(chr(10))[0]}")
+        return
+    taken, ratio = result["layers on sparse kernels"], result["2:4 / dense"]
+    print(f"inference: {ratio:.2f} of the dense network's time, {taken} layers on sparse kernels")
 
 
 def import_ticket(

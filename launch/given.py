@@ -6,6 +6,8 @@ from dataclasses import dataclass
 _NO_NUMBERS = (
     (r"could not convert string to float: .*", "must be a number"),
     (r"invalid literal for int\(\).*", "must be a whole number"),
+    (r"\[.*\] is not of the form FLOAT", "must be a number"),
+    (r"\[.*\] is not of the form INT", "must be a whole number"),
     (
         r"Could not find valid parse for arguments: .*",
         "must be numbers, of the kind that --help says",
@@ -25,6 +27,9 @@ class Given:
 
 def explain(message: str, given: dict[str, Given], prefix: str) -> str:
     """A parser's message, with where the value was written and under which key."""
+    extra = re.fullmatch(r"Unrecognized options: (.*)", message)
+    if extra:
+        message = _too_many(extra[1], given) or message
     option = re.search(r"--([\w.-]+)", message)
     check = re.match(r"Error parsing ([\w.]+): (\w+)", message)
     key = ""
@@ -37,12 +42,22 @@ def explain(message: str, given: dict[str, Given], prefix: str) -> str:
     message = re.sub(r"no type matching (\S+) could be.*", r"must be \1", message)
     for raw, told in _NO_NUMBERS:
         message = re.sub(raw, told, message)
-    reason = re.sub(r"^Error parsing [\w.-]+: ", "", message)
+    reason = re.sub(r"^(Error parsing [\w.-]+|--[\w.-]+): ", "", message)
     if key in given:
         one = given[key]
         value = " ".join(one.words)
+        reason = reason.removeprefix(f"{value!r} ")
         return f"{one.origin}: {prefix}{key} = {value!r}: {_without_key(reason, key)}"
     return f"{prefix}{key}: {_without_key(reason, key)}" if key else f"{prefix}{reason}"
+
+
+def _too_many(extra: str, given: dict[str, Given]) -> str | None:
+    """The message where a key has more words than it takes."""
+    last = extra.split(", ")
+    for one in given.values():
+        if len(one.words) > 1 and list(one.words[-len(last) :]) == last:
+            return f"--{one.key}: takes one value"
+    return None
 
 
 def _without_key(reason: str, key: str) -> str:

@@ -36,14 +36,15 @@ def level_rows(tickets: Sequence[Ticket], stage: str) -> list[dict[str, Any]]:
             "level": ticket.level,
             **({"blocks": blocks(ticket)} if ticket.method == "growth" else {}),
             "density": ticket.density,
-            "ticket": accuracy(ticket),
-            **{control.method: accuracy(control) for control in controls},
+            "ticket": ticket.accuracy,
+            **{control.method: control.accuracy for control in controls},
         }
         searched = _searched(ticket, tickets) if ticket.method == "elastic" else None
         if searched is not None:
-            row |= {"imp": accuracy(searched), "imp_density": searched.density}
+            row |= {"imp": searched.accuracy, "imp_density": searched.density}
             row["gap"] = row["ticket"] - row["imp"]
-        rows.append({**row, "images_per_second": ticket.timing["images_per_second"]})
+        rates = {name: ticket.timing.get(name) for name in ("images_per_second", "data_wait")}
+        rows.append({**row, **rates})
     return rows
 
 
@@ -64,9 +65,15 @@ def blocks(ticket: Ticket) -> str:
     return "-".join(str(stage.num_blocks) for stage in stages(ticket.outline()))
 
 
-def accuracy(ticket: Ticket) -> float:
-    """The test accuracy at the end of the ticket's training."""
-    return float(ticket.metrics["test"]["accuracy"])
+def training_hours(ticket: Ticket) -> float | None:
+    """The wall time of the optimizer steps behind a ticket's accuracy, those of the search too, at
+    the rate of its own training; `None` where none is told."""
+    rate = ticket.timing.get("images_per_second")
+    try:
+        batch = int(ticket.config["settings"]["data"]["batch_size"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return ticket.total_steps * batch / rate / 3600 if rate else None
 
 
 def compared(tickets: Sequence[Ticket]) -> list[Ticket]:

@@ -5,19 +5,19 @@ from collections.abc import Sequence
 
 from data.errors import RunError, UserError, did_you_mean
 from data.files import Folder
-from launch.sweep import seed_runs
+from launch.grid import runs_below
 from pruning.store import TicketFolder, Tickets, open_tickets
 from pruning.tickets import Ticket, find_ticket
 
 
 def find_tickets(place: str, root: str) -> Tickets:
     """A run or a store by path or URL, or a run by its name under `root`."""
-    for candidate in _candidates(place, root):
+    for candidate in candidates(place, root):
         with contextlib.suppress(UserError):
             return open_tickets(candidate)
     runs = find_runs(place, root)
     if runs:
-        raise UserError(f"{place}: holds runs of several seeds: name one of them, as {runs[0]}")
+        raise UserError(f"{place}: holds several runs: name one of them, as {runs[0]}")
     if "://" in place:
         return open_tickets(place)  # which says what is wrong
     near = did_you_mean(place, Folder(root).names())
@@ -27,9 +27,9 @@ def find_tickets(place: str, root: str) -> Tickets:
 
 
 def find_runs(place: str, root: str) -> list[Folder]:
-    """The runs of a place that holds those of several seeds; none where it does not."""
-    for candidate in _candidates(place, root):
-        runs = seed_runs(Folder(candidate))
+    """The runs of a place that holds several, over seeds or other axes; none where it does not."""
+    for candidate in candidates(place, root):
+        runs = runs_below(Folder(candidate))
         if runs:
             return list(runs.values())
     return []
@@ -54,7 +54,7 @@ def locate(place: str, root: str) -> str:
 
 def find_single(place: str, root: str) -> str | None:
     """Where `Ticket.load` finds the one ticket that a place names, whole or damaged."""
-    for candidate in _candidates(place, root):
+    for candidate in candidates(place, root):
         try:
             find_ticket(candidate)
         except UserError:
@@ -108,6 +108,6 @@ def _readable(places: Sequence[str]) -> list[Ticket]:
     return found
 
 
-def _candidates(place: str, root: str) -> list[str]:
+def candidates(place: str, root: str) -> list[str]:
     """Where a place may be."""
     return [place] if "://" in place or place.startswith("/") else [place, f"{root}/{place}"]

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any
 
 from launch.comparison import Row
-from launch.levels import accuracy
+from launch.legends import METHODS, density_ticks, method_name
 from pruning.connectivity import Connectivity
 from pruning.tickets import Ticket
 
@@ -21,30 +21,6 @@ _COLOURS = (
     "#5e5c64",
     "#e5a50a",
 )
-_NAMES = {
-    "imp": "winning tickets",
-    "elastic": "elastic tickets",
-    "multiprize": "multi-prize tickets",
-    "dual": "dual tickets",
-    "snip": "SNIP",
-    "grasp": "GraSP",
-    "synflow": "SynFlow",
-    "magnitude": "magnitudes",
-    "earlybird": "early-bird tickets",
-    "set": "SET",
-    "rigl": "RigL",
-    "gmp": "gradual magnitude pruning",
-    "random": "random masks",
-    "static": "masks that stay",
-    "budget": "random masks, trained longer",
-    "growth": "grown tickets",
-    "dense": "dense, fresh",
-    "unpruned": "grown, not pruned",
-    "ungrown": "pruned, not grown",
-    "reset": "pruned and set back",
-    "reset-budget": "pruned and set back, trained longer",
-    "dense-budget": "dense, trained longer",
-}
 _MARKERS = (("o", "s"), ("^", "D"), ("v", "P"))
 """of tickets and of controls; the next ones where all colours were taken"""
 _STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -64,15 +40,15 @@ def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
     for number, stage in enumerate(stages):
         markers = _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
         in_stage = [ticket for ticket in tickets if ticket.stage == stage]
-        methods = sorted(dict.fromkeys(t.method for t in in_stage), key=lambda m: m not in _NAMES)
+        methods = sorted(dict.fromkeys(t.method for t in in_stage), key=lambda m: m not in METHODS)
         colour, styles = next(colours) if len(stages) > 1 else None, cycle(_STYLES)
         for method in methods:
             line = sorted((t for t in in_stage if t.method == method), key=lambda t: -t.density)
             is_control = line[0].control
-            label = _NAMES.get(method, method)
+            label = method_name(method)
             axes.plot(
                 [ticket.density for ticket in line],
-                [accuracy(ticket) for ticket in line],
+                [ticket.accuracy for ticket in line],
                 marker=markers[is_control],
                 markersize=4,
                 linestyle=next(styles) if is_control and colour else "-",
@@ -82,11 +58,11 @@ def accuracy_plot(tickets: Sequence[Ticket]) -> bytes:
         dense = [ticket for ticket in in_stage if ticket.density == 1.0 and not ticket.control]
         if dense:
             axes.axhline(
-                accuracy(dense[0]), color=colour or "0.6", linewidth=1, linestyle="--", zorder=0
+                dense[0].accuracy, color=colour or "0.6", linewidth=1, linestyle="--", zorder=0
             )
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.set_xticks(_ticks([ticket.density for ticket in tickets]))
+    axes.set_xticks(density_ticks([ticket.density for ticket in tickets]))
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g} %"))
     axes.set_xlabel("density: weights kept")
@@ -145,10 +121,10 @@ def growth_plot(tickets: Sequence[Ticket]) -> bytes:
     for stage, method in dict.fromkeys((t.stage, t.method) for t in tickets):
         line = [t for t in tickets if (t.stage, t.method) == (stage, method)]
         line.sort(key=lambda ticket: ticket.level)
-        label = "random insertions" if method == "random" else _NAMES.get(method, method)
+        label = method_name(method, grown=True)
         axes.plot(
             [ticket.level for ticket in line],
-            [accuracy(ticket) for ticket in line],
+            [ticket.accuracy for ticket in line],
             marker="s" if line[0].control else "o",
             markersize=4,
             linestyle=styles[stage],
@@ -178,15 +154,6 @@ def connectivity_plot(results: Sequence[Connectivity]) -> bytes:
     axes.set_ylabel("error, %")
     axes.set_ylim(bottom=0)
     return _finished(figure, axes)
-
-
-def _ticks(densities: Sequence[float]) -> list[float]:
-    """At most seven of the densities, none too near to another."""
-    ticks: list[float] = []
-    for density in sorted(set(densities), reverse=True):
-        if not ticks or density < ticks[-1] * 0.8:
-            ticks.append(density)
-    return ticks[:: -(-len(ticks) // 7)]
 
 
 def _new_figure(*, size: tuple[float, float] = (7, 4.5), columns: int = 1) -> tuple[Any, Any]:

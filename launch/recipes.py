@@ -43,6 +43,8 @@ class Recipe:
     be for the stages after it, or `None`"""
     defaults: dict[str, str] = field(default_factory=dict)
     """what it wants of a shared section where neither the run nor the stage sets anything in it"""
+    splits: bool = True
+    """whether each control needs nothing but the tickets, so that a job of its own may train it"""
 
 
 RECIPES = {
@@ -53,6 +55,6 @@ RECIPES = {
     "dynamic": Recipe(DynamicConfig, run_dynamic, foresee_dynamic),
     "dual": Recipe(DualConfig, run_dual, foresee_dual, DUAL_DEFAULTS),
     "earlybird": Recipe(EarlyBirdConfig, run_earlybird, foresee_earlybird),
-    "growth": Recipe(GrowthConfig, run_growth, foresee_growth),
+    "growth": Recipe(GrowthConfig, run_growth, foresee_growth, splits=False),
     "connectivity": Recipe(ConnectivityConfig, run_connectivity, foresee_connectivity),
 }

@@ -43,12 +43,38 @@ def report_runs(places: Sequence[str], *, compare: bool, root: str, as_json: boo
         return  # under torchrun one rank's tables are enough
     console = Console(quiet=as_json)
     if compare:
-        runs = [run for place in places for run in find_runs(place, root) or [_run(place, root)]]
-        documents = [_told_together(console, ", ".join(places), runs)]
+        documents = [_told_together(console, ", ".join(places), _all_runs(places, root))]
     else:
         documents = [_told(console, place, root) for place in places]
     if as_json:
         print(json.dumps(documents, indent=1))
+
+
+def report_page(places: Sequence[str], *, output: str, csv: str | None, root: str) -> None:
+    """Writes a page about runs, and into the folder `csv` its numbers.
+
+    Raises `UserError` where `output` is no HTML file or nothing of the runs is finished.
+    """
+    if not places:
+        raise UserError("name a run: tombola report runs/digits-imp -o report.html")
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from launch.page.writing import Report  # plotly takes a while to import
+
+    folder, name = Folder(output).parent, output.rpartition("/")[2]
+    if not name.endswith((".html", ".htm")):
+        raise UserError(f"-o {output}: must end in .html")
+    report = Report(_all_runs(places, root), ", ".join(places))
+    folder.write(name, report.html().encode())
+    for file, content in report.tables().items() if csv is not None else ():
+        (Folder(csv or "")).write(file, content.encode())
+    Console().print(output, highlight=False, soft_wrap=True)
+
+
+def _all_runs(places: Sequence[str], root: str) -> list[Folder]:
+    """The runs that the places name, several where one holds a sweep; each once."""
+    found = [run for place in places for run in find_runs(place, root) or [_run(place, root)]]
+    return list({run.location: run for run in found}.values())
 
 
 def _told(console: Console, place: str, root: str) -> dict[str, Any]:

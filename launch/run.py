@@ -1,14 +1,18 @@
 """`tombola run CONFIG`: the stages of a run one after the other, each resuming by itself."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from data.errors import Diverged, RunError, UserError
 from data.files import Folder
-from launch.claim import claim_data, claimed, require_same
-from launch.config import RunConfig, Stage, read_config
+from launch.claim import claim_data, claimed
+from launch.config import RunConfig, Stage, flat, read_config
+from launch.grid import Grid, grid_of, require_room
+from launch.hosts import hosts_of, micro_batch, told
+from launch.parts import Unit, check_stages, label, stages_of, units_of
 from launch.recipes import RECIPES
-from launch.summary import summarise, summarise_sweep
-from launch.sweep import require_free, seed_name, seed_runs
-from pruning.sources import Outlook, Promise
+from launch.store import publish, require_store
+from launch.summary import summarise, summarise_grid
 from train.engine import Engine
 from train.metrics import Recorder
 from train.progress import Display
@@ -16,56 +20,127 @@ from train.session import Session
 from train.signals import Signals
 
 
-def run(path: str, overrides: Sequence[str], *, root: str) -> None:
+def run(
+    path: str,
+    overrides: Sequence[str],
+    *,
+    root: str,
+    only: Sequence[str] = (),
+    store: str | None = None,
+) -> None:
     """Runs a configuration, or what is left of it, and sums up its tickets.
 
-    Raises `UserError`, `RunError`, or `Interrupted` after SIGTERM or SIGUSR1.
+    `only` names parts of it, `store` where its tickets are copied in the end. Raises `UserError`,
+    `RunError`, or `Interrupted` after SIGTERM or SIGUSR1.
     """
-    run_config(read_config(path, overrides), root=root)
+    run_config(read_config(path, overrides), root=root, only=only, store=store)
 
 
-def run_config(config: RunConfig, *, root: str) -> None:
+def run_config(
+    config: RunConfig, *, root: str, only: Sequence[str] = (), store: str | None = None
+) -> None:
     """The same for a configuration that was read already."""
-    engine = make_engine(config.stages[0])
-    folder = Folder(root) / config.settings.name
-    runs = [(folder / seed_name(seed), config.with_seed(seed)) for seed in config.seeds]
-    runs = runs or [(folder, config)]
-    engine.on_main(lambda: _check(config, folder, runs), patient=True)
+    run_grid(grid_of(config), root=root, only=only, store=store)
+
+
+def run_grid(grid: Grid, *, root: str, only: Sequence[str] = (), store: str | None = None) -> None:
+    """The same for several runs, one after the other, and what they came to together.
+
+    One that diverges, or meets a mistake in what it has otherwise than the first, does not keep the
+    others from being run: an error tells of it at the end.
+    """
+    folder = Folder(root) / grid.name
+    runs = planned(grid, folder, only)
+    first = runs[0].config
+    engine = make_engine(first.stages[0])
+    engine.on_main(lambda: _check(grid, folder, runs), patient=True)
+    if store is not None:
+        engine.on_main(lambda: require_store(store))
     signals = Signals(
         world_size=engine.world_size,
         is_main=engine.is_main,
-        save_minutes=config.settings.checkpoint.minutes,
+        save_minutes=first.settings.checkpoint.minutes,
     )
+    failed: list[Exception] = []
     with signals:  # of all runs: one that comes at the end of a run stops the next
-        for place, one in runs:
-            _run_stages(one, place, engine, signals, is_alone=not config.seeds)
-    if config.seeds:
-        engine.on_main(lambda: summarise_sweep(folder))
+        for run in runs:
+            try:
+                _run_stages(run, engine, signals, is_alone=grid.is_alone)
+            except (Diverged, UserError) as error:
+                if grid.is_alone or not _is_of_one(error, engine, is_first=run is runs[0]):
+                    raise
+                failed.append(error)
+                Display(shown=engine.is_main).say(f"{run.folder}: {error}")
+    if not grid.is_alone:
+        engine.on_main(lambda: summarise_grid(folder))
+    if store is not None:
+        engine.on_main(lambda: publish([run.folder for run in runs], store), patient=True)
     engine.close()
+    if failed:
+        kind = UserError if any(isinstance(one, UserError) for one in failed) else RunError
+        told = kind(f"{len(failed)} of {len(runs)} runs failed, the others are done: {failed[0]}")
+        vars(told)["met_by_all"] = True
+        raise told
 
 
-def _check(config: RunConfig, folder: Folder, runs: Sequence[tuple[Folder, RunConfig]]) -> None:
+def _is_of_one(error: Exception, engine: Engine, *, is_first: bool) -> bool:
+    """Whether an error hinders one run of several, and all ranks have met it.
+
+    A mistake that ends the first is taken for one in all.
+    """
+    if isinstance(error, Diverged):
+        return True
+    return not is_first and (engine.world_size == 1 or getattr(error, "met_by_all", False))
+
+
+class Planned(NamedTuple):
+    """A run, and what of it is to be done."""
+
+    name: str
+    """as people see it: `digits-imp`, `rewinding/rewind-init/seed-0`"""
+    folder: Folder
+    config: RunConfig
+    units: list[Unit]
+
+
+def planned(grid: Grid, folder: Folder, only: Sequence[str] = ()) -> list[Planned]:
+    """The runs of a grid in the folder of all, in their order. Raises as `units_of` does."""
+    return [
+        Planned(
+            f"{grid.name}/{place}".rstrip("/"),
+            folder / place if place else folder,
+            config,
+            units_of(config, only),
+        )
+        for place, config in grid.runs.items()
+    ]
+
+
+def _check(grid: Grid, folder: Folder, runs: Sequence[Planned]) -> None:
     """Raises `UserError` for what is known to fail in any of the runs, before the first begins."""
-    require_free(folder, for_seeds=bool(config.seeds))
-    for place, one in runs:
-        check_stages(one, place)
-    for seed, place in seed_runs(folder).items():
-        require_same(place, config.with_seed(seed))
+    require_room(grid, folder)
+    for run in runs:
+        check_stages(run.config, run.folder, run.units)
 
 
-def _run_stages(
-    config: RunConfig, folder: Folder, engine: Engine, signals: Signals, *, is_alone: bool
-) -> None:
-    """The stages of a run of one seed, and what they came to, unless it is one of several."""
-    with claimed(folder, config, engine):
-        recorder = open_recorder(folder, config, engine)
+def _run_stages(run: Planned, engine: Engine, signals: Signals, *, is_alone: bool) -> None:
+    """These units of a run, and what they came to, unless it is one of several."""
+    name, folder, config, units = run
+    hosts, part = hosts_of(engine), label(units, config)
+    with claimed(folder, config, engine, list(map(str, units)), part=part) as claim:
+        before = claim.ranks_before
+        recorder = open_recorder(name, folder, config, engine, part=part)
         display = Display(shown=engine.is_main)
         if not is_alone:
             display.say(str(folder))
+        for line in told(config, hosts, before):
+            display.say(line)
+        if not claim.is_guarded and folder.local_path is not None:
+            display.say(f"{folder}: this file system has no locks: start nothing twice there")
         try:
-            for stage in config.stages:
-                engine = make_engine(stage)
-                session = Session(stage.settings, engine, folder, recorder, display, signals)
+            for stage, whole in stages_of(units, config):
+                engine = make_engine(stage, before)
+                session = Session(stage.settings, engine, folder, recorder, display, signals, whole)
                 claim_data(folder, stage.name, session.data_record, engine)
                 RECIPES[stage.recipe].run(session, stage.name, stage.config)
             signals.drain()
@@ -76,36 +151,35 @@ def _run_stages(
             engine.on_main(lambda: summarise(folder, [stage.name for stage in config.stages]))
 
 
-def check_stages(config: RunConfig, folder: Folder) -> None:
-    """Raises `UserError` for a stage that is known to fail once those before it are trained."""
-    earlier: dict[str, Promise] = {}
-    for stage in config.stages:
-        outlook = Outlook(folder, earlier)
-        promise = RECIPES[stage.recipe].foresee(stage.name, stage.config, stage.settings, outlook)
-        if promise is not None:
-            earlier[stage.name] = promise
-
-
-def open_recorder(folder: Folder, config: RunConfig, engine: Engine) -> Recorder:
+def open_recorder(
+    name: str, folder: Folder, config: RunConfig, engine: Engine, *, part: str = ""
+) -> Recorder:
     """The run's metrics, on rank 0; what hinders it there is raised on every rank."""
     opened: list[Recorder] = []
 
     def open_there() -> None:
-        opened.append(Recorder(folder, run=config.settings.name, config=config.settings.log))
+        told = flat(config.document())
+        opened.append(
+            Recorder(folder, run=name, config=config.settings.log, part=part, settings=told)
+        )
 
     engine.on_main(open_there)
     return opened[0] if opened else Recorder()
 
 
-def make_engine(stage: Stage) -> Engine:
-    """The engine as the stage's settings want it."""
+def make_engine(stage: Stage, before: Sequence[int] = ()) -> Engine:
+    """The engine as the stage's settings want it, in a run that had so many ranks before."""
     train = stage.settings.train
-    return Engine(
+    engine = Engine(
         precision=train.precision,
         channels_last=train.channels_last,
         compile=train.compile,
+        cuda_graphs=train.cuda_graphs,
         sync_batchnorm=train.sync_batchnorm,
         clip=train.clip,
-        micro_batch=train.micro_batch,
         timeout=train.timeout,
+        pack_below=train.pack_below,
+        reduce_dtype=train.reduce_dtype,
     )
+    engine.micro_batch = micro_batch(stage, engine.world_size, before)
+    return engine

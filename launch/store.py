@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import RunError, StoreError, UserError
+from data.files import Folder
 from launch.places import find_one, find_single, find_tickets
 from launch.progress import WorkDisplay
 from pruning import mpt
 from pruning.overlap import Overlap, overlaps, total
-from pruning.store import collect, open_store, problem_of
+from pruning.store import TicketFolder, collect, open_store, problem_of
 from pruning.tickets import find_ticket
 
 _HOUR = 3600.0
@@ -80,6 +81,19 @@ def copy_tickets(source: str, target: str, *, root: str, as_json: bool) -> None:
             console.print(f"{target.rstrip('/')}/{one}.json" + ("" if new else " was there"))
     if damaged:
         raise RunError(f"{len(damaged)} of {len(places)} tickets not copied: {damaged[0]}")
+
+
+def require_store(url: str) -> None:
+    """Raises `UserError` where tickets cannot be copied to, before there are any."""
+    open_store(url)
+
+
+def publish(runs: Sequence[Folder], url: str) -> None:
+    """Copies all finished tickets of runs into a store, beside others that do the same."""
+    store = open_store(url)
+    tickets = [ticket for run in runs for ticket in TicketFolder(run).all()]
+    num_new = sum(store.add(ticket) for ticket in tickets)
+    print(f"{url}: {len(tickets)} tickets of this run, {num_new} of them new")
 
 
 def diff_tickets(first: str, second: str, *, root: str, as_json: bool) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from data.files import Folder
-from launch.claim import stage_names
-from launch.comparison import Row, comparison
+from launch.claim import num_devices, stage_names
+from launch.comparison import Row, Run, comparison
+from launch.grid import runs_below
 from launch.levels import compared, gathered
 from launch.plots import accuracy_plot, comparison_plot, connectivity_plot, growth_plot
-from launch.sweep import seed_runs
 from launch.tables import comparison_table, connectivity_table, grew, growth_tables, level_table
+from launch.variants import variants
 from pruning.connectivity import STABLE, Connectivity
 from pruning.tickets import Ticket
 
@@ -54,10 +55,10 @@ def summarise(folder: Folder, stages: Sequence[str]) -> None:
         console.print(f"{folder}/{name}", highlight=False, soft_wrap=True)
 
 
-def summarise_sweep(folder: Folder) -> None:
-    """Prints the comparison over the seeds of a run, and draws it into the folder of all."""
+def summarise_grid(folder: Folder) -> None:
+    """Prints the comparison of the runs of a grid, and draws it into the folder of all."""
     console = Console()
-    rows = compare_runs(list(seed_runs(folder).values()))
+    rows = compare_runs(list(runs_below(folder).values()))
     print_comparison(console, rows, str(folder))
     folder.write("comparison.png", comparison_plot(rows))
     console.print(f"{folder}/comparison.png", highlight=False, soft_wrap=True)
@@ -66,7 +67,13 @@ def summarise_sweep(folder: Folder) -> None:
 def compare_runs(folders: Sequence[Folder]) -> list[Row]:
     """The rows that compare what runs came to, in the order of the stages of the first."""
     stages = list(dict.fromkeys(name for folder in folders for name in stage_names(folder)))
-    return comparison([gathered(folder, stages)[0] for folder in folders])
+    return comparison(
+        [
+            Run(gathered(folder, stages)[0], variant.label, num_devices(folder))
+            for variant in variants(folders)
+            for folder in variant.runs
+        ]
+    )
 
 
 def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:

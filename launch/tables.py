@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from launch.comparison import Row
-from launch.levels import accuracy, growth_rows, level_rows
+from launch.levels import growth_rows, level_rows
 from pruning.connectivity import Connectivity
 from pruning.growth_config import OF_LAST
 from pruning.tickets import Ticket
@@ -17,12 +17,13 @@ from pruning.tickets import Ticket
 def level_table(tickets: Sequence[Ticket], stage: str) -> Table:
     """What a stage reached, a row a level; the gap is to IMP's ticket "at" the nearest density."""
     rows = level_rows(tickets, stage)
-    known = {"level", "blocks", "density", "images_per_second", "imp", "imp_density", "gap"}
+    known = {"level", "blocks", "density", "images_per_second", "data_wait"}
+    known |= {"imp", "imp_density", "gap"}
     accuracies = list(dict.fromkeys(key for row in rows for key in row if key not in known))
     accuracies = [key for key in accuracies if key not in OF_LAST]  # which have their own table
     beside_imp = any("imp" in row for row in rows)
     grows = ["blocks"] if any("blocks" in row for row in rows) else []
-    table = _table(f"{stage}: test accuracy", "level", *grows, "density", *accuracies)
+    table = plain_table(f"{stage}: test accuracy", "level", *grows, "density", *accuracies)
     for name in ("IMP", "at", "gap") if beside_imp else ("images/s",):
         table.add_column(name)
     for column in table.columns:
@@ -42,7 +43,7 @@ def level_table(tickets: Sequence[Ticket], stage: str) -> Table:
 def comparison_table(rows: Sequence[Row], title: str) -> Table:
     """What each method reached at like densities, and in how many steps; a row a method."""
     numbers = ("density", "kept", "runs", "accuracy", "spread", "steps", "of search")
-    table = _table(title, "", *numbers)
+    table = plain_table(title, "", *numbers)
     for column in table.columns[1:]:
         column.justify = "right"
     for row, following in zip_longest(rows, rows[1:]):
@@ -68,9 +69,9 @@ def growth_tables(tickets: Sequence[Ticket], stage: str) -> list[Table]:
     in_stage = [ticket for ticket in tickets if ticket.stage == stage]
     last = max(ticket.level for ticket in in_stage)
     if any(ticket.method in OF_LAST for ticket in in_stage):
-        deepest = _table(f"{stage}: the last level", "", "density", "steps", "test accuracy")
+        deepest = plain_table(f"{stage}: the last level", "", "density", "steps", "test accuracy")
         for ticket in (t for t in in_stage if t.level == last):
-            cells = (f"{ticket.density:.2%}", f"{ticket.total_steps:,}", _number(accuracy(ticket)))
+            cells = (f"{ticket.density:.2%}", f"{ticket.total_steps:,}", _number(ticket.accuracy))
             deepest.add_row(ticket.method, *cells)
         tables.insert(0, deepest)
     for table in tables:
@@ -81,7 +82,7 @@ def growth_tables(tickets: Sequence[Ticket], stage: str) -> list[Table]:
 
 def _measures_table(rows: Sequence[dict[str, Any]], stage: str) -> Table:
     columns = ("", "level", "kept", "to 95%", "dense", "early", "before", "after")
-    table = _table(f"{stage}: what keeping the weights gains", *columns, "regain", "gap")
+    table = plain_table(f"{stage}: what keeping the weights gains", *columns, "regain", "gap")
     for row in rows:
         table.add_row(
             row["method"],
@@ -106,7 +107,7 @@ def grew(tickets: Sequence[Ticket], stage: str) -> bool:
 def connectivity_table(results: Sequence[Connectivity], title: str) -> Table:
     """The errors between pairs of networks, a row a pair, and how BatchNorm was treated."""
     splits = list(dict.fromkeys(split for result in results for split in result.curves))
-    table = _table(title, "level", "density")
+    table = plain_table(title, "level", "density")
     for split in splits:
         for name in (f"{split} ends", "peak", "barrier"):
             table.add_column(name)
@@ -126,7 +127,7 @@ def connectivity_table(results: Sequence[Connectivity], title: str) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """Narrow enough for ten columns of numbers in a terminal of 80 characters."""
     narrow = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
     return Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left", **narrow)  # type: ignore[arg-type]

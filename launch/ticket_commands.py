@@ -1,8 +1,9 @@
 """The words after `tombola tickets`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 
@@ -10,7 +11,7 @@ from tyro.conf import Positional
 class ListTickets:
     """Lists the finished tickets of a run, or those of a store."""
 
-    place: Positional[str]
+    place: Annotated[Positional[str], tyro.conf.arg(metavar="PLACE")]
     """a run or a store: path, URL, or name under --root"""
     root: str = "runs"
     """folder or URL that holds the runs"""
@@ -27,11 +28,11 @@ class ListTickets:
 class ShowTicket:
     """Shows a ticket: lineage, metrics, density of each layer."""
 
-    place: Positional[str]
+    place: Annotated[Positional[str], tyro.conf.arg(metavar="PLACE")]
     """RUN/STAGE/LEVEL, STORE/ID, or a run or a store"""
-    ticket: Positional[str | None] = None
-    """of a run or a store: level-07, imp/level-07, or the beginning of an id (default: the
-    sparsest of a run)"""
+    ticket: Annotated[Positional[str | None], tyro.conf.arg(metavar="TICKET")] = None
+    """of a run or a store: level-07, imp/level-07, or the beginning of an id; by default the
+    sparsest of a run"""
     root: str = "runs"
     """folder or URL that holds the runs"""
     json: bool = False
@@ -51,7 +52,7 @@ class VerifyTickets:
     that it gives the same ones when it runs as bits.
     """
 
-    places: Positional[tuple[str, ...]]
+    places: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PLACE ...")]
     """tickets, runs, stores or .mpt files: paths, URLs, or names under --root"""
     root: str = "runs"
     """folder or URL that holds the runs"""
@@ -68,9 +69,9 @@ class VerifyTickets:
 class CopyTickets:
     """Copies a ticket, or all of a run or a store, into a store."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """a ticket, a run or a store: path, URL, or name under --root"""
-    target: Positional[str]
+    target: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
     """folder or URL of the store; made if it is not there"""
     root: str = "runs"
     """folder or URL that holds the runs"""
@@ -87,9 +88,9 @@ class CopyTickets:
 class DiffTickets:
     """Shows, layer by layer, how far the masks of two tickets agree."""
 
-    first: Positional[str]
+    first: Annotated[Positional[str], tyro.conf.arg(metavar="TICKET")]
     """a ticket: RUN/STAGE/LEVEL or STORE/ID; of a run the sparsest"""
-    second: Positional[str]
+    second: Annotated[Positional[str], tyro.conf.arg(metavar="TICKET")]
     """the ticket that it is compared with"""
     root: str = "runs"
     """folder or URL that holds the runs"""
@@ -106,7 +107,7 @@ class DiffTickets:
 class CollectGarbage:
     """Removes objects that no ticket names: what interrupted runs and copies left."""
 
-    place: Positional[str]
+    place: Annotated[Positional[str], tyro.conf.arg(metavar="PLACE")]
     """a run or a store: path, URL, or name under --root"""
     hours: float = 24.0
     """only what is older: younger objects may belong to a ticket that is being written"""
@@ -133,7 +134,7 @@ class CollectGarbage:
 class ShowStages:
     """Lists a model's stages (lists of like blocks), and which go where in another depth."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_vgg{11,13,16,19} or
     cifar_vgg_small"""
     to: str | None = None

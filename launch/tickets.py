@@ -8,6 +8,7 @@ from rich.table import Table
 
 from data.errors import RunError, UserError
 from launch.places import choose, find_one, find_tickets
+from pruning.cost import Cost, Costs
 from pruning.signed_weights import GENERATOR, SignedWeights
 from pruning.tickets import Ticket, find_ticket
 
@@ -53,9 +54,11 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
     """Prints one ticket, its lineage and its layers."""
     ticket = find_one(place, root) if name is None else choose(find_tickets(place, root), name)
     rows = ticket.masks.table()
+    cost = Costs().of(ticket)
     if as_json:
         layers = [{**vars(row), "density": row.density} for row in rows]
-        print(json.dumps({**ticket.summary(), "layers": layers}, indent=1))
+        told = {"cost": None if cost is None else cost._asdict(), "layers": layers}
+        print(json.dumps({**ticket.summary(), **told}, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"{ticket.place}  {ticket.id}")
@@ -70,6 +73,8 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
     when = "chosen, never trained" if ticket.weights_are_final else f"step {ticket.step}"
     console.print(f"weights   {when}: {start[:40]}")
     console.print(f"stored    {_stored_bytes(ticket)}")
+    if cost is not None:
+        console.print(f"an image  {_of_an_image(cost)}")
     blocks = ticket.config.get("map")
     if isinstance(blocks, str) and blocks.isprintable():
         console.print(f"map       {blocks} (blocks of its parent: blocks here)")
@@ -83,6 +88,14 @@ def show_ticket(place: str, name: str | None, *, root: str, as_json: bool) -> No
         shape = "x".join(map(str, row.shape))
         table.add_row(row.name, shape, f"{row.kept:,}", f"{row.size:,}", f"{row.density:.2%}")
     console.print(table)
+
+
+def _of_an_image(cost: Cost) -> str:
+    image = "x".join(map(str, cost.image))
+    return (
+        f"{cost.flops:,} FLOPs dense, {cost.sparse_flops:,} without zeros ({image}); parameters "
+        f"{cost.kept_parameters:,} of {cost.parameters:,}, {cost.bytes:,} bytes dense"
+    )
 
 
 def _stored_bytes(ticket: Ticket) -> str:

@@ -1,7 +1,7 @@
 """Channels, which are kept or go whole: where a network has them, how they rank, what goes too.
 
 An output channel of a convolution is scaled by the batch normalisation right after it, so that the
-size of the scale, |gamma|, says how much the channel matters (network slimming, Liu et al. 2017,
+size of the scale, `|gamma|`, says how much the channel matters (network slimming, Liu et al. 2017,
 1708.06519). With a channel go its filter and its scale and shift, so that it is exactly zero for
 every image, whatever the running statistics are; and, in all layers that read it, the weights that
 then multiply zeros alone. So a ticket's density counts what a network of the kept channels would
@@ -119,7 +119,7 @@ class Channels:
         return sum(map(math.prod, self.shapes.values()))
 
     def scores(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """|gamma| of all channels, on the CPU, from a state of the network or its parameters."""
+        """`|gamma|` of all channels, on the CPU, from a state of the network or its parameters."""
         return {name: state[name].detach().abs().float().cpu() for name in self.shapes}
 
     def keep(self, scores: Mapping[str, Tensor], density: float, of: Of) -> Masks:

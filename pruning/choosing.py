@@ -26,12 +26,13 @@ def choose(
     scope: Scope = "layer",
     least: int = 1,
 ) -> Masks:
-    """Masks of the largest |scores|: of each layer its share, or over all layers at once.
+    """Masks of the largest `|scores|`: of each layer its share, or over all layers at once.
 
     `density` may tell instead how many weights each layer keeps. With `scope = "global"` each
     layer keeps at least `least` weights (or all, if it has fewer), and the rest is shared out by
     one threshold; the count over all layers is exact. Raises `UserError` for a density outside
-    (0, 1] or too small for that, `ValueError` for a score that is NaN.
+    (0, 1] or too small for that, and on the CPU `ValueError` for a score that is NaN; on a GPU that
+    is for the caller to notice, since nothing here waits for it.
     """
     magnitudes = {name: value.detach().abs() for name, value in scores.items()}
     if isinstance(density, Mapping):
@@ -60,32 +61,31 @@ def require_enough(density: float, sizes: Mapping[str, int], least: int) -> int:
 
 
 def _choose_globally(magnitudes: Mapping[str, Tensor], density: float, least: int) -> Masks:
+    """The largest `least` of each layer come before all others: the same as to take a layer that
+    one threshold leaves too little to out of the ranking, until none is."""
     sizes = {name: value.numel() for name, value in magnitudes.items()}
     count = require_enough(density, sizes, least)
     reserves = {name: min(least, size) for name, size in sizes.items()}
-    reserved: dict[str, Tensor] = {}
-    while True:  # ends: each round reserves for another layer, and never for all
-        free = {name: value for name, value in magnitudes.items() if name not in reserved}
-        chosen = _largest_of_all(free, count - sum(reserves[name] for name in reserved))
-        kept = torch.stack([chosen[name].count_nonzero() for name in free]).tolist()
-        short = [name for name, num in zip(free, kept, strict=True) if num < reserves[name]]
-        if not short:
-            return Masks({name: {**chosen, **reserved}[name] for name in magnitudes})
-        found = {name: magnitudes[name] for name in short}
-        reserved |= _largest_of_each(found, {name: reserves[name] for name in short})
+    first = _largest_of_each(magnitudes, reserves)
+    ranked = {
+        name: value.clamp(max=torch.finfo(value.dtype).max).masked_fill(first[name], math.inf)
+        for name, value in magnitudes.items()
+    }
+    return _largest_of_all(ranked, count)
 
 
 def _largest_of_each(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Masks:
-    if _on_device(scores):
+    if on_device(scores):
         return Masks(select_largest_of_each(scores, counts))
     return keep_counts(scores, counts)
 
 
 def _largest_of_all(scores: Mapping[str, Tensor], count: int) -> Masks:
-    if _on_device(scores):
+    if on_device(scores):
         return Masks(select_largest_of_all(scores, count))
     return keep_count(scores, count)
 
 
-def _on_device(scores: Mapping[str, Tensor]) -> bool:
+def on_device(scores: Mapping[str, Tensor]) -> bool:
+    """Whether choosing must not wait for the scores, as they are on a GPU."""
     return next(iter(scores.values())).device.type != "cpu"

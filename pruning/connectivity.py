@@ -11,6 +11,7 @@ the ends, so by default they are taken anew at each point, from training batches
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,7 @@ class Connectivity:
         return all(curve.barrier < STABLE for curve in self.curves.values())
 
     def to_json(self) -> dict[str, Any]:
+        """All of it as a JSON document."""
         curves = {split: list(curve.errors) for split, curve in self.curves.items()}
         return {**vars(self), "curves": curves}
 
@@ -215,11 +217,14 @@ def _between(
 # What is kept of it ----------------------------------------------------------------------
 
 
-def find_result(level: Folder) -> Connectivity | None:
+def find_result(level: Folder | str | Path) -> Connectivity | None:
     """What was measured in a level's folder of a run. Raises `RunError` where it is damaged."""
     try:
         return document.read_document(
-            level, _RESULT, _RESULT_KIND, lambda body: Connectivity.from_json(body["connectivity"])
+            Folder(level),
+            _RESULT,
+            _RESULT_KIND,
+            lambda body: Connectivity.from_json(body["connectivity"]),
         )
     except FileNotFoundError:
         return None
@@ -231,8 +236,8 @@ def write_result(run: Folder, result: Connectivity) -> None:
     document.write_document(folder, _RESULT, _RESULT_KIND, {"connectivity": result.to_json()})
 
 
-def all_results(run: Folder) -> list[Connectivity]:
+def all_results(run: Folder | str | Path) -> list[Connectivity]:
     """Everything that was measured in a run, by stage and level."""
-    levels = TicketFolder(run).index_folders()
+    levels = TicketFolder(Folder(run)).index_folders()
     found = (find_result(level) for level in levels if level.exists(_RESULT))
     return [result for result in found if result is not None]

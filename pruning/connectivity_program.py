@@ -53,11 +53,11 @@ class ConnectivityConfig:
     ticket: str
     """an earlier stage, or RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID as a path or URL"""
     levels: tuple[int, ...] = ()
-    """which levels of it (default: its sparsest)"""
+    """which levels of it; by default its sparsest"""
     other: str | None = None
     """compare with what this ticket was trained to, instead of training two copies of one"""
     other_levels: tuple[int, ...] = ()
-    """which levels of the other (default: the same)"""
+    """which levels of the other; by default the same"""
     points: int = 30
     """of the line, both ends included"""
     batchnorm: BatchNorm = "recalibrate"
@@ -65,7 +65,7 @@ class ConnectivityConfig:
     num_batches: int = 16
     """global training batches to recalibrate on, at each point"""
     train_images: int | None = None
-    """evaluate this many training images, spread evenly (default: all)"""
+    """evaluate this many training images, spread evenly; by default all"""
 
     def __post_init__(self) -> None:
         check_levels(self)
@@ -75,6 +75,7 @@ class ConnectivityConfig:
 
     @property
     def line(self) -> Line:
+        """How its lines are measured."""
         return Line(self.points, self.batchnorm, self.num_batches, self.train_images)
 
 
@@ -82,7 +83,7 @@ def foresee_connectivity(
     stage: str, config: ConnectivityConfig, settings: Settings, outlook: Outlook
 ) -> None:
     """Raises `UserError` for what is known to fail before anything is trained."""
-    if _is_finished(outlook.run, stage, config):
+    if is_measured(outlook.run, stage, config):
         return
     where = f"stages.{stage}"
     needed: Needed = "start" if config.other is None else "end"
@@ -94,7 +95,7 @@ def foresee_connectivity(
     _require_pairs(stage, config, [model for _, model in found], [model for _, model in others])
 
 
-def _is_finished(run: Folder, stage: str, config: ConnectivityConfig) -> bool:
+def is_measured(run: Folder, stage: str, config: ConnectivityConfig) -> bool:
     """Whether all levels of a stage are measured: then it needs its sources no more."""
     sources = recorded_sources(run, stage) or []
     num_levels = len(sources) if config.other is None else len(sources) // 2
@@ -126,7 +127,7 @@ def run_connectivity(session: Session, stage: str, config: ConnectivityConfig) -
     Raises `UserError` for tickets without weights to train from, or of different networks.
     """
     run = session.folder
-    if not session.engine.on_main(lambda: _is_finished(run, stage, config)):
+    if not session.engine.on_main(lambda: is_measured(run, stage, config)):
         _Connectivity(session, stage, config).run()
 
 

@@ -189,6 +189,10 @@ class Transformation:
         kept = self._going.kept(1.0)
         return kept.to(next(iter(named.values())).device)
 
+    def gradient_masks(self, step: int) -> Mapping[str, Tensor]:
+        """All: what will go is trained until it is gone."""
+        return {}
+
     @torch.no_grad()
     def before_update(self, step: int) -> bool:
         """Adds the penalty's gradient; never vetoes."""

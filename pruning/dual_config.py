@@ -34,22 +34,23 @@ class TransformConfig:
     cycles: int = 1
     """in how many steps the weights that will go become more; in each lambda begins anew"""
     ramp: str | None = None
-    """time in which lambda grows, in each cycle (default: 32% in one cycle, else 6.4%)"""
+    """time in which lambda grows, in each cycle; by default 32% in one cycle, else 6.4%"""
     stabilise: str | None = None
-    """time at the last lambda, in each cycle (default: 25.6% in one cycle, else 6.4%)"""
+    """time at the last lambda, in each cycle; by default 25.6% in one cycle, else 6.4%"""
     limit: float = 1.0
     """lambda grows until it is at least this"""
     increment: float | None = None
-    """by how much at a time, before the power of `schedule` (default: as the ramp is long)"""
+    """by how much at a time, before the power of `schedule`; by default as the ramp is long"""
     interval: str | None = None
-    """time between two increments (default: 5it in one cycle, else 1it)"""
+    """time between two increments; by default 5it in one cycle, else 1it"""
     schedule: Curve = "x"
     """lambda is c, c^2 or c^3 of what grows evenly"""
     lr: float = 1e-3
     """constant learning rate"""
     weight_decay: float = 5e-4
+    """of the transformation"""
     batch_size: int | None = None
-    """of its global batches (default: data.batch_size)"""
+    """of its global batches; by default data.batch_size"""
 
     def __post_init__(self) -> None:
         check_lengths(self, "ramp", "interval")

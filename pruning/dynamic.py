@@ -4,6 +4,7 @@ Between two changes all of them are `FixedMasks`. A change is the same on every 
 checked; its masks are in every checkpoint. "After t steps" counts optimizer steps and vetoed ones.
 
 Choices where the papers leave them open, or differ from their code:
+
 - SET and RigL count what they move as floor(share * nnz), and let what was just dropped be chosen
   again, as RigL's reference does (Algorithm 1: growth is among all that is not kept). It then was
   never gone: weight and optimizer state stay. So there is always enough to grow, and a dense layer
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data.errors import RunError
 from data.order import stream_seed
 from pruning.allocate import exact, keep_count, keep_counts
 from pruning.fixed import FixedMasks
@@ -31,6 +31,7 @@ from pruning.masks import Masks
 from pruning.packing import pack_bits, unpack_bits
 from pruning.rewiring import Ramp, Rewiring, drop_smallest, grow_largest, grow_random
 from train.ranks import ALONE, Ranks
+from train.watch import diverged
 
 
 class ChangingMasks(FixedMasks):
@@ -50,10 +51,7 @@ class ChangingMasks(FixedMasks):
         try:
             masks = choose()
         except ValueError as error:  # a NaN
-            raise RunError(
-                f"after {step} steps {error}; no checkpoint holds it. Lower optimizer.lr or set "
-                "train.clip, under another --name"
-            ) from error
+            raise diverged(step, error) from error
         self._hold(masks)
         self._ranks.require_same(self._digest, f"the masks after {step} steps")
         FixedMasks.before_update(self, step)
@@ -175,10 +173,17 @@ class RigL(_Rewired):
 
     _put_off = False
 
+    def gradient_masks(self, step: int) -> Masks:
+        """All gradients are needed where it rewires."""
+        return Masks({}) if self._is_due(step) else self.masks
+
+    def _is_due(self, step: int) -> bool:
+        put_off = self._put_off and step < self._rewiring.until
+        return bool(self._kept) and (self._rewiring.is_due(step) or put_off)
+
     def before_update(self, step: int) -> bool:
         """Rewires by the dense gradients, and vetoes the step, where that is due; masks them."""
-        put_off = self._put_off and step < self._rewiring.until
-        due = bool(self._kept) and (self._rewiring.is_due(step) or put_off)
+        due = self._is_due(step)
         self._put_off = due and not self._all_finite()
         if not due or self._put_off:
             return super().before_update(step)
@@ -204,6 +209,7 @@ class RigL(_Rewired):
         return {**super().state_dict(), "put_off": self._put_off}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
         super().load_state_dict(state)
         self._put_off = bool(state["put_off"])
 

@@ -32,22 +32,22 @@ class DynamicConfig:
     density: tuple[float, ...] = (0.2,)
     """the fraction kept; several are trained one after the other, the largest first"""
     densities: Densities | None = None
-    """of the layers: uniform, or erk, by their dimensions (default: erk, of gmp uniform)"""
+    """of the layers: uniform, or erk, by their dimensions; by default erk, of gmp uniform"""
     interval: str = "100it"
     """dT: time from one change of the masks to the next"""
     fraction: float | None = None
-    """set, rigl: share of each layer's weights that a change moves, zeta or alpha (default: 0.3);
+    """set, rigl: share of each layer's weights that a change moves, zeta or alpha; by default 0.3;
     of rigl it falls by a cosine"""
     until: str | None = None
-    """set, rigl: T_end, from which on nothing changes (default: 75%, of set 100%)"""
+    """set, rigl: T_end, from which on nothing changes; by default 75%, of set 100%"""
     start: str | None = None
-    """gmp: when it first prunes (default: init)"""
+    """gmp: when it first prunes; by default init"""
     stop: str | None = None
-    """gmp: when it last prunes (default: 75%)"""
+    """gmp: when it last prunes; by default 75%"""
     initial: float | None = None
-    """gmp: the density at `start` (default: 1)"""
+    """gmp: the density at `start`; by default 1"""
     scope: Scope | None = None
-    """gmp: prune each layer to its density, or rank the weights over all layers (default: layer)"""
+    """gmp: prune each layer to its density, or rank the weights of all; by default layer"""
     exclude: tuple[str, ...] = ()
     """patterns of the names of layers that stay dense, such as conv1"""
     controls: tuple[Control, ...] = ()
@@ -90,6 +90,7 @@ class DynamicConfig:
 
     @property
     def layer_densities(self) -> Densities:
+        """How the layers share a density: `densities`, or the default of the method."""
         return self.densities or ("uniform" if self.method == "gmp" else "erk")
 
     @property

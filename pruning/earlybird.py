@@ -17,6 +17,7 @@ from data.errors import RunError, UserError
 from pruning.channels import Channels, Of
 from pruning.densities import exact
 from train.ranks import ALONE, Ranks
+from train.watch import diverged
 
 NUM_MASKS = 5
 """how many masks are compared: the newest with those before it"""
@@ -34,7 +35,7 @@ class Search:
     distance: float = 0.1
     """up to which masks are alike: the share of all channels that are in one of two masks only"""
     penalty: float = 1e-4
-    """lambda, on |gamma|"""
+    """lambda, on `|gamma|`"""
 
 
 def are_alike(masks: Sequence[Tensor], distance: float) -> bool:
@@ -82,6 +83,10 @@ class EarlyBird:
         queue = self._queues[density]
         return [count / queue[-1].numel() for count in differing(queue)] if queue else []
 
+    def gradient_masks(self, step: int) -> Mapping[str, Tensor]:
+        """All: nothing is masked yet."""
+        return {}
+
     @torch.no_grad()
     def before_update(self, step: int) -> bool:
         """Adds the penalty's subgradient; never vetoes."""
@@ -108,10 +113,7 @@ class EarlyBird:
             except UserError as error:
                 raise RunError(f"after {step} steps {error}, under another --name") from error
             except ValueError as error:
-                raise RunError(
-                    f"after {step} steps {error}; no checkpoint holds it. Lower optimizer.lr or "
-                    "set train.clip, under another --name"
-                ) from error
+                raise diverged(step, error) from error
             self._ranks.require_same(kept.digest(), f"the channels after {step} steps")
             queue.append(torch.cat(list(kept.values())))
             del queue[:-NUM_MASKS]

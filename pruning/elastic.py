@@ -135,7 +135,9 @@ class Shaped(Protocol):
     """A tensor, or what stands for one: all that is asked of a target is its shape."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """Sizes of the dimensions."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class ElasticConfig:
     ticket: str
     """the source: an earlier stage, or RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID as a path or URL"""
     levels: tuple[int, ...] = ()
-    """which levels of the source (default: its sparsest)"""
+    """which levels of the source; by default its sparsest"""
     order: Order = "append"
     """how blocks are repeated or left out: append (as a group; the last are left out) or
     interpolate (each in place; evenly)"""

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from data.errors import RunError, UserError
 from data.files import Folder
-from pruning import document, mpt
+from pruning import document, mpt, semi_structured_file
 from pruning.onnx_model import to_onnx
 from pruning.packing import Shape
 from pruning.prizes import Prize
@@ -20,7 +20,7 @@ from pruning.tickets import Ticket
 from pruning.trained import trained_weights
 from train.basis import weights_of
 
-Format = Literal["torch", "safetensors", "onnx", "pruning", "mpt"]
+Format = Literal["torch", "safetensors", "onnx", "pruning", "mpt", "semi-structured"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def export(network: Subnetwork, form: Format, *, image_size: int | None = None) 
         return _as_mpt(network.ticket, image_size)
     if form == "pruning":
         return _saved(_reparametrized(network))
+    if form == "semi-structured":
+        return _compressed(network)
     model = network.build_model()
     if form == "onnx":
         in_chans = network.ticket.model.in_chans
@@ -138,17 +140,32 @@ def _reparametrized(network: Subnetwork) -> dict[str, Tensor]:
     Raises `UserError` for a ticket whose masks are of coefficients.
     """
     ticket = network.ticket
-    if ticket.model.basis is not None:
-        raise UserError(
-            f"ticket {ticket.place}: its masks are of coefficients in the basis "
-            f"{ticket.model.basis!r}, not of weights: choose another --format"
-        )
+    _require_no_basis(ticket)
     model = ticket.model.build()
     model.load_state_dict(network.weights)
     for name, mask in ticket.masks.items():
         layer, _, parameter = name.rpartition(".")
         prune.custom_from_mask(model.get_submodule(layer), parameter, mask)
     return _plain(model)
+
+
+def _compressed(network: Subnetwork) -> bytes:
+    """The file of a 2:4 ticket. Raises `UserError` for another one."""
+    ticket = network.ticket
+    _require_no_basis(ticket)
+    state = _plain(network.build_model())
+    try:
+        return semi_structured_file.to_bytes(state, ticket.masks, network.facts())
+    except UserError as error:
+        raise UserError(f"ticket {ticket.place}: {error}") from None
+
+
+def _require_no_basis(ticket: Ticket) -> None:
+    if ticket.model.basis is not None:
+        raise UserError(
+            f"ticket {ticket.place}: its masks are of coefficients in the basis "
+            f"{ticket.model.basis!r}, not of weights: choose another --format"
+        )
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:

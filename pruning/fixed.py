@@ -8,14 +8,18 @@ from torch.optim import Optimizer
 
 from pruning.masks import Masks
 
+_KEEP_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""optimizers under which a weight stays zero that is zero, with its state and its gradient"""
+
 
 class FixedMasks:
     """A `Sparsity`: after every update, masked weights and their optimizer state are exactly zero.
 
-    Gradients are masked before clipping, so that pruned entries do not count in the norm; weights
-    and optimizer state are projected after the step, since weight decay, momentum or an optimizer
-    that mixes entries (Muon) may move them. The forward pass and the parameters stay untouched.
-    An infinite gradient stays non-finite (as after an overflow in fp16, when no step is taken).
+    Gradients are masked before clipping, so that pruned entries do not count in the norm. After an
+    update weights and optimizer state are projected: after the first one where the optimizer keeps
+    zeros from then on, after each where it may mix entries (Muon). The forward pass and the
+    parameters stay untouched. An infinite gradient stays non-finite (as after an overflow in fp16,
+    when no step is taken), but one that several ranks have not told each other of.
     """
 
     def __init__(self, masks: Masks, model: nn.Module, optimizer: Optimizer) -> None:
@@ -27,6 +31,7 @@ class FixedMasks:
     @torch.no_grad()
     def _hold(self, masks: Masks) -> None:
         """Keeps to these masks from now on; moves nothing by itself."""
+        self._is_zero = False  # what is pruned, in weights and optimizer state
         self.masks = masks
         self.density = masks.density
         self._digest = masks.digest()
@@ -38,6 +43,10 @@ class FixedMasks:
             if not bool(mask.all())
         }
 
+    def gradient_masks(self, step: int) -> Masks:
+        """Of pruned weights it needs no gradients."""
+        return self.masks
+
     @torch.no_grad()
     def before_update(self, step: int) -> bool:
         """Masks the gradients; never vetoes."""
@@ -47,6 +56,9 @@ class FixedMasks:
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Zeroes pruned weights, and every optimizer state of a weight's shape."""
+        if self._is_zero:
+            return
+        self._is_zero = type(self._optimizer) in _KEEP_ZEROS
         pairs: list[tuple[Tensor, Tensor]] = []
         for weight, factor in self._factors.items():
             pairs.append((weight, factor))
@@ -67,6 +79,7 @@ class FixedMasks:
         """Raises `ValueError` where the checkpoint was trained under other masks."""
         if state["digest"] != self._digest:
             raise ValueError("the checkpoint was trained under other masks")
+        self._is_zero = False
 
 
 def _multiply(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -42,7 +42,7 @@ class GrowthConfig:
     """the new block: literal (kernels and matrices are identities), preserving (it gives what it
     takes) or random"""
     grow: tuple[str, ...] = ()
-    """stages that get a block in turn, as tombola tickets stages names them (default: the last)"""
+    """stages that get a block in turn, as tombola tickets stages names them; by default the last"""
     exclude: tuple[str, ...] = ()
     """patterns of the names of layers that stay dense, such as fc"""
     recover: str = "50%"
@@ -52,8 +52,8 @@ class GrowthConfig:
     early: str = "20%"
     """how much of the training before the pruning counts as early"""
     ratio: float | None = None
-    """stop growing once this share of all weights, excluded layers included, is kept at most ...
-    (default: no limit)"""
+    """stop growing once this share of all weights, excluded layers included, is kept at most ...;
+    by default no limit"""
     tolerance: float | None = None
     """... and the held-out accuracy differs by this at most from the control dense's (default:
     grow R times)"""

@@ -63,7 +63,7 @@ class ImpConfig:
     """what to train beside each ticket: random (the same number of weights in each layer, at
     random), reinit (the ticket's masks, fresh weights), oneshot (the largest weights at k)"""
     control_levels: tuple[int, ...] = ()
-    """the levels that have controls (default: all)"""
+    """the levels that have controls; by default all"""
 
     def __post_init__(self) -> None:
         check_durations(self, "rewind")
@@ -153,7 +153,7 @@ class _Imp:
                 start=lambda: Start(self._initial),
                 first_step=0,
                 keep=frozenset({self.start_step}),
-                weights=lambda start: self._store(self._kept_state()["model"]),
+                weights=lambda start: self._store(self._saved_at_k("model")),
                 **self._common("imp", 0),
             )
         )
@@ -247,7 +247,7 @@ class _Imp:
 
     def _final(self, ticket: Ticket) -> Start:
         """The weights at the end of a ticket's training."""
-        return Start(self._checkpoint(ticket.name, self.stop)["model"])
+        return Start(self._saved("model", ticket.name, self.stop))
 
     def _rewound(self) -> Start:
         """The weights at step k of the dense training, and the optimizer's state if asked for."""
@@ -255,7 +255,7 @@ class _Imp:
 
     @cached_property
     def _at_k(self) -> Start:
-        optimizer = self._kept_state()["optimizer"] if self.config.rewind_optimizer else None
+        optimizer = self._saved_at_k("optimizer") if self.config.rewind_optimizer else None
         return Start(self._dense_ticket.weights(), optimizer)
 
     @cached_property
@@ -265,16 +265,19 @@ class _Imp:
         assert dense is not None, "level 0 is trained before anything is rewound"
         return dense
 
-    def _kept_state(self) -> dict[str, Any]:
-        return self._checkpoint("level-00", self.start_step)
+    def _saved_at_k(self, part: str) -> dict[str, Any]:
+        return self._saved(part, "level-00", self.start_step)
 
-    def _checkpoint(self, name: str, step: int) -> dict[str, Any]:
+    def _saved(self, part: str, name: str, step: int) -> dict[str, Any]:
+        """A part of a checkpoint; the others' tensors are not read."""
         place = f"{self.stage}/{name}"
+        others = tuple(f"{one}/" for one in ("model", "optimizer", "ema") if one != part)
         try:
-            return self.session.checkpoints(place).load(step)
+            found: dict[str, Any] = self.session.checkpoints(place).load(step, skip=others)[part]
         except RunError as error:
             folder = self.session.folder / place
             raise RunError(f"{error}; remove {folder} to train that level again") from error
+        return found
 
     def _store(self, weights: dict[str, Tensor]) -> StoredWeights:
         return write_weights(self.tickets.objects, weights, self.session.engine)

@@ -48,6 +48,7 @@ class Layers:
 
     @property
     def size(self) -> int:
+        """Scores of all layers together."""
         return sum(score.numel() for score in self.scores.values())
 
     def num_candidates(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.errors import RunError
 from pruning import document
-from pruning.masks import Masks
+from pruning.masks import LayerDensity, Masks
 from pruning.objects import Objects, require_memory
 from pruning.packing import CHUNK_BYTES, SHARD_BYTES, Packing, Shape, unpack_bits
 from train.ranks import ALONE, Ranks
@@ -54,6 +54,7 @@ class StoredMasks:
 
     @cached_property
     def packing(self) -> Packing:
+        """How the bits lie in chunks and shards."""
         return Packing(self.shapes)
 
     @cached_property
@@ -63,11 +64,20 @@ class StoredMasks:
 
     @property
     def num_kept(self) -> int:
+        """Weights that are kept."""
         return sum(self.kept.values())
 
     @property
     def size(self) -> int:
+        """Weights that could be pruned."""
         return sum(map(self.packing.size, self.shapes))
+
+    def table(self) -> list[LayerDensity]:
+        """As `Masks.table`."""
+        return [
+            LayerDensity(name, shape, self.kept[name], self.packing.size(name))
+            for name, shape in self.shapes.items()
+        ]
 
     @property
     def objects(self) -> dict[str, int]:
@@ -75,6 +85,7 @@ class StoredMasks:
         return {shard.sha256: shard.num_bytes for shard in self.shards}
 
     def to_json(self) -> dict[str, Any]:
+        """Their part of a ticket's index."""
         return {
             "tensors": {
                 name: {

@@ -25,6 +25,7 @@ class LayerDensity:
 
     @property
     def density(self) -> float:
+        """The fraction kept."""
         return self.kept / self.size
 
 

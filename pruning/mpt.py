@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data.errors import RunError, UserError
-from data.files import read_content
 from pruning import document
 from pruning.check_images import NUM_IMAGES, check_images, check_logits, require_images
 from pruning.masks import prunable
@@ -25,6 +24,7 @@ from pruning.packed import num_packed, packed_model
 from pruning.packing import Shape, canonical, pack_bits
 from pruning.prizes import Prize
 from pruning.signed_weights import GENERATOR, seed_from_json
+from pruning.tensor_file import header_in, read_file, tensors_in
 from pruning.tickets import model_from_json, outline_of, told_of
 from pruning.weight_store import StoredTensor, weights_digest
 from train.models import ModelSpec
@@ -34,8 +34,6 @@ SUFFIX = ".mpt"
 _METADATA = "mpt"
 """alone in the header: safetensors writes several entries in a random order"""
 _REST, _LOGITS = "rest/", "logits"
-_MOST_BYTES = 16 << 20
-"""of the header"""
 _CONVENTIONS = {
     "gain": "after the layer, in float32",
     "sign_of_zero": 1,
@@ -169,7 +167,7 @@ def from_bytes(content: bytes) -> MptFile:
     image_shape = document.shape(body["image_shape"], "image_shape")
     require_images(image_shape, in_chans=model.in_chans)
     layers = [FileLayer.from_json(row) for row in document.sequence(body["layers"], "layers")]
-    tensors = _tensors(content)
+    tensors = tensors_in(content)
     rest = {n.removeprefix(_REST): t for n, t in tensors.items() if n.startswith(_REST)}
     _require_names(tensors, layers, rest, signs=seed is None)
     _require_fit(model, layers, rest, tensors[_LOGITS])
@@ -189,25 +187,13 @@ def from_bytes(content: bytes) -> MptFile:
 
 
 def _metadata(content: bytes) -> bytes:
-    """The document in a safetensors header: 8 bytes of its length, then JSON."""
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or not 0 < length <= len(content) - 8:
-        raise ValueError("no safetensors file, or cut short")
-    if length > _MOST_BYTES:
-        raise ValueError(f"its header is larger than {_MOST_BYTES >> 20} MiB")
+    """The document in a safetensors header."""
+    header = header_in(content)
     try:
-        text: str = json.loads(content[8 : 8 + length])["__metadata__"][_METADATA]
+        text: str = json.loads(header)["__metadata__"][_METADATA]
         return text.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError("no file of a multi-prize ticket") from error
-
-
-def _tensors(content: bytes) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
-    except Exception as error:  # SafetensorError, and what torch makes of a hostile header
-        raise ValueError(str(error).partition("\n")[0][:200] or "no safetensors file") from error
-    return tensors
 
 
 def _require_names(
@@ -260,15 +246,7 @@ def _require_values(layers: list[FileLayer], rest: dict[str, Tensor], logits: Te
 
 def read(url: str) -> MptFile:
     """The file at a path or URL. Raises `UserError` where there is none, `RunError` if damaged."""
-    try:
-        return from_bytes(read_content(url))
-    except RunError as error:
-        raise RunError(f"{url}: {error}") from error
-    except OSError as error:
-        raise RunError(f"{url}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError) as error:
-        problem = f"no field {error.args[0]!r:.40}" if isinstance(error, KeyError) else str(error)
-        raise RunError(f"{url}: damaged: {problem}") from error
+    return read_file(url, from_bytes)
 
 
 def verified(url: str) -> MptFile:

@@ -1,17 +1,17 @@
 """Multi-prize tickets: layers whose weights are random and never trained, chosen by scores.
 
 Diffenderfer and Kailkhura 2021 (2103.09377, biprop). Of a layer's n random weights W those with
-the n - floor((1 - k) n) largest |scores| are kept, and each of these acts as its sign times one
-gain of the layer, the mean of the kept |W|:
+the n - floor((1 - k) n) largest `|scores|` are kept, and each of these acts as its sign times one
+gain of the layer, the mean of the kept `|W|`::
 
     B = sign(W) * M                sign(0) = +1
     gain = sum(|W| * M) / nnz(M)
     y = conv(x, B) * gain          the gain is applied last, in float32
 
 The gradient of the scores is the authors': dL/dw * W * sign(scores), for pruned weights too, where
-w = gain * B. The chain rule, with the mask taken for |scores|, would give dL/dw * gain * sign(W) *
-sign(scores) ("literal"). With real weights (`w = W * M`) the same is edge-popup (Ramanujan et al.
-2020, 1911.13299).
+w = gain * B. The chain rule, with the mask taken for `|scores|`, would give
+`dL/dw * gain * sign(W) * sign(scores)` ("literal"). With real weights (`w = W * M`) the same is
+edge-popup (Ramanujan et al. 2020, 1911.13299).
 
 Masks and gains change when `keep` is called, once for each optimizer step, and not in a forward
 pass.
@@ -86,7 +86,7 @@ def _signed_(mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def gain_of(weight: Tensor, binary: Tensor) -> Tensor:
-    """The mean of |weight| where `binary`, its sign, is not 0; above 0, as float32.
+    """The mean of `|weight|` where `binary`, its sign, is not 0; above 0, as float32.
 
     In float64, so that sums in another order come to the same.
     """
@@ -112,9 +112,11 @@ class GainLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The binary weights: +1, -1 and 0."""
         return self.binary
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer on binary weights, and the gain after it in float32."""
         y: Tensor = super().forward(x)
         wide = y if y.dtype == torch.float64 else y.float()
         return (wide * self.gain).to(y.dtype)
@@ -130,6 +132,8 @@ class ScoredLayer(GainLayer):
 
     @property
     def weight(self) -> Tensor:
+        """What acts in the forward pass, differentiable in the scores; else the binary weights
+        alone."""
         if not torch.is_grad_enabled():
             return self.binary
         gain = None if self.is_real else self.gain
@@ -184,7 +188,7 @@ def score(
     weights: Weights = "binary",
     gradient: Gradient = "biprop",
 ) -> None:
-    """Makes the convolutions and linear layers of `model` `ScoredLayer`s, in place.
+    """Makes the convolutions and linear layers of `model` a `ScoredLayer` each, in place.
 
     `exclude`: weights, by name, that stay as they are. The random weights and scores are zero
     until they are drawn. Raises `UserError` where a layer cannot be made one.

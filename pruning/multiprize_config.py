@@ -38,14 +38,14 @@ class MultiprizeConfig:
     ticket: str | None = None
     """with density = ticket: an earlier stage, or RUN/STAGE, RUN/STAGE/LEVEL, STORE/ID"""
     levels: tuple[int, ...] = ()
-    """with density = ticket: which levels of that stage (default: its sparsest)"""
+    """with density = ticket: which levels of that stage; by default its sparsest"""
     scope: Scope = "layer"
     """keep the same fraction of each layer, or rank the scores over all layers"""
     min_kept: int = 1
     """scope = global: how many weights each layer keeps at least"""
     ramp: str | None = None
-    """time in which the density falls from 50 % to its target, by a cubic curve (default: 10% with
-    scope = global, else none)"""
+    """time in which the density falls from 50 % to its target, by a cubic curve; by default 10 % of
+    the training with scope = global, else none"""
     weights: Weights = "binary"
     """signs times one gain a layer, or float: the random weights themselves (edge-popup)"""
     init: Init = "signed_constant"

@@ -35,7 +35,7 @@ def to_onnx(
     if size > _LARGEST:
         raise UserError(f"{size:,} bytes of weights: an ONNX file holds at most {_LARGEST:,}")
     model = model.eval()
-    shape = (in_chans, *_sides(model, image_size))
+    shape = (in_chans, *image_sides(model, image_size))
     _try(model, shape)
     content = _exported(model, torch.zeros(2, *shape), facts)
     for batch_size in (1, 3):
@@ -54,7 +54,8 @@ def require_packages() -> None:
         )
 
 
-def _sides(model: nn.Module, image_size: int | None) -> tuple[int, int]:
+def image_sides(model: nn.Module, image_size: int | None) -> tuple[int, int]:
+    """Height and width: those given, or of the timm model's own configuration, or 32."""
     if image_size is not None:
         return image_size, image_size
     described: dict[str, Any] = getattr(model, "pretrained_cfg", {})

@@ -4,11 +4,11 @@ A level's folder, `<hash>/replicate_1/level_3/main/`, holds `mask.pth`, a dict f
 convolution's and linear layer's weight to an int tensor of its shape, and the state dicts
 `model_ep<E>_it<I>.pth` at E epochs and I iterations: the first is what the level was trained from.
 
-| open_lth | its names | here |
-|---|---|---|
-| `cifar_resnet_20` | `conv`, `bn`, `blocks.3.bn1`, `blocks.3.shortcut.0`, `fc` | `cifar_resnet20` |
-| `cifar_vgg_16` | `layers.4.conv`, `layers.4.bn` (pooling counts), `fc` | `cifar_vgg16` |
-| `imagenet_resnet_50` | torchvision's and timm's after `model.` | `resnet50` |
+Its networks, their names and ours:
+
+- `cifar_resnet_20`: `conv`, `bn`, `blocks.3.bn1`, `blocks.3.shortcut.0`, `fc`; `cifar_resnet20`
+- `cifar_vgg_16`: `layers.4.conv`, `layers.4.bn` (pooling counts), `fc`; `cifar_vgg16`
+- `imagenet_resnet_50`: torchvision's and timm's after `model.`; `resnet50`
 
 Its LeNets (`fc_layers.0`) have no counterpart here. Its VGGs have biases before the batch
 normalisation; they go into the running mean, and the network computes the same.

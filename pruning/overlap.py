@@ -16,6 +16,8 @@ class Overlap:
     second: int
     common: int
     """kept by both"""
+    expected: float
+    """kept by both if each mask kept as many weights in each layer, at random"""
 
     @property
     def removed(self) -> int:
@@ -35,10 +37,9 @@ class Overlap:
 
     @property
     def chance(self) -> float:
-        """The IoU to be expected of two independent random masks that keep as many weights."""
-        common = self.first * self.second / self.size if self.size else 0.0
-        union = self.first + self.second - common
-        return common / union if union else 1.0
+        """The IoU to be expected of two independent random masks with as many weights a layer."""
+        union = self.first + self.second - self.expected
+        return self.expected / union if union else 1.0
 
 
 def overlaps(first: Masks, second: Masks) -> list[Overlap]:
@@ -53,9 +54,9 @@ def overlaps(first: Masks, second: Masks) -> list[Overlap]:
         one, other = first[name], second[name].to(first[name].device)
         if one.shape != other.shape:
             raise ValueError(f"{name} is {tuple(one.shape)} and {tuple(other.shape)}")
-        found.append(
-            Overlap(name, one.numel(), int(one.sum()), int(other.sum()), int((one & other).sum()))
-        )
+        size, kept, kept_there = one.numel(), int(one.sum()), int(other.sum())
+        expected = kept * kept_there / size if size else 0.0
+        found.append(Overlap(name, size, kept, kept_there, int((one & other).sum()), expected))
     return found
 
 
@@ -67,4 +68,5 @@ def total(rows: list[Overlap]) -> Overlap:
         sum(row.first for row in rows),
         sum(row.second for row in rows),
         sum(row.common for row in rows),
+        sum(row.expected for row in rows),
     )

@@ -29,10 +29,12 @@ class PrizeLayer:
 
     @property
     def shape(self) -> Shape:
+        """Of the weight."""
         return tuple(self.mask.shape)
 
     @property
     def kept(self) -> int:
+        """Weights that are kept."""
         return self.signs.numel()
 
     @property

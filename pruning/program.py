@@ -24,6 +24,7 @@ from pruning.trained import trained_weights
 from pruning.weight_store import StoredWeights
 from train.evaluate import Evaluation
 from train.models import ModelSpec
+from train.progress import MUCH_WAIT
 from train.ranks import Ranks
 from train.schedule import Schedule
 from train.session import MakeSparsity, Outcome, Phase, Session, Start
@@ -185,10 +186,14 @@ def _describe(
         stored_weights=weights,
         parent=None if parent is None else parent.id,
         lineage=() if parent is None else (parent.as_ancestor(), *parent.lineage),
-        config={**arm.config, "settings": _settings(session, arm)},
+        config={
+            "image_shape": list(session.data.image_shape),
+            **_whole(arm.config, session),
+            "settings": _settings(session, arm),
+        },
         metrics=_metrics(outcome, arm),
         timing={
-            "images_per_second": session.recorder.images_per_second(arm.stage, arm.name),
+            **session.recorder.timing(arm.stage, arm.name),
             "steps": float(arm.stop - arm.first_step),
             "search_steps": float(arm.search_steps),
         },
@@ -209,6 +214,16 @@ def _metrics(outcome: Outcome, arm: Arm) -> dict[str, dict[str, float]]:
     return {**metrics, "sparsity": facts} if facts else metrics
 
 
+def _whole(config: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """What configured an arm, as the run has it: also where this process does a part of it."""
+    return {
+        name: {key: session.whole.get(key, option) for key, option in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in config.items()
+    }
+
+
 def _settings(session: Session, arm: Arm) -> dict[str, Any]:
     """The settings of a training, with the network that was trained."""
     settings = asdict(session.settings)
@@ -223,6 +238,7 @@ def _line(ticket: Ticket) -> str:
         for split, values in ticket.metrics.items()
         if "accuracy" in values
     )
-    rate = ticket.timing["images_per_second"]
+    rate, wait = ticket.timing["images_per_second"], ticket.timing["data_wait"]
     name = f"{ticket.stage}/{ticket.name}"
-    return f"{name}: density {ticket.density:.2%}  {accuracy}  {rate:,.0f} images/s"
+    line = f"{name}: density {ticket.density:.2%}  {accuracy}  {rate:,.0f} images/s"
+    return f"{line}  data wait {wait:.0%}" if wait >= MUCH_WAIT else line

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.errors import RunError
+from pruning import choosing
 from pruning.allocate import Scope
 from pruning.choosing import choose
 from pruning.masks import Masks
 from pruning.multiprize import scored_layers
 from train.ranks import Ranks
+from train.watch import FirstStep, diverged
 
 _RAMP_START = 0.5
 
@@ -47,7 +49,9 @@ class TrainedScores:
     """A `Sparsity`: after every update the masks are those of the largest scores.
 
     They are a function of scores and step alone, so that a checkpoint need not hold them. Each
-    rank chooses for itself; that all have the same scores, to the bit, is checked every time.
+    rank chooses for itself. After every update it is noted whether all have the same scores, to
+    the bit, and whether these are numbers; on a GPU that is read where a step is logged,
+    evaluated or saved, since it has to be waited for then anyway.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class TrainedScores:
     ) -> None:
         self._layers, self._share, self._ranks = scored_layers(model), share, ranks
         self._step = 0
+        device = next(iter(self._layers.values())).scores.device
+        self._first_different, self._first_nan = FirstStep(device), FirstStep(device)
         self._weights = self._digest_of_weights()
         ranks.require_same(self._weights, "the random weights")  # DDP would not tell
         self._choose()
@@ -72,27 +78,39 @@ class TrainedScores:
 
     def _choose(self) -> None:
         scores = self._scores
-        self._require_equal(scores)
+        self._look_at(scores)
+        if not choosing.on_device(scores):
+            self._require_same()  # before a NaN of one rank is met, that the others do not have
         try:
             self.masks = self._share.choose(scores, self._step)
-        except ValueError as error:  # a NaN
-            raise RunError(
-                f"after {self._step} steps {error}; no checkpoint holds it. Lower optimizer.lr or "
-                "set train.clip, under another --name"
-            ) from error
+        except ValueError as error:  # a NaN, on the CPU
+            raise diverged(self._step, error) from error
         for name, mask in self.masks.items():
             self._layers[name].keep(mask)
 
-    def _require_equal(self, scores: Mapping[str, Tensor]) -> None:
-        """Raises `RunError` on all ranks unless all have the same scores."""
+    def _look_at(self, scores: Mapping[str, Tensor]) -> None:
+        """Notes whether all ranks have the same scores, and numbers."""
+        broken = torch.stack([score.isnan().any() for score in scores.values()])
+        self._first_nan.note(broken.any(), self._step)
         if self._ranks.world_size == 1:
             return
         bits = [score.view(torch.int32).sum(dtype=torch.int64) for score in scores.values()]
         sums = torch.stack(bits)
         lowest, highest = self._ranks.reduce(torch.stack([sums, -sums]), "min")
-        if not torch.equal(lowest, -highest):
+        self._first_different.note((lowest != -highest).any(), self._step)
+
+    def _check(self) -> None:
+        """Raises `RunError` on all ranks for what was noted."""
+        self._require_same()
+        step = self._first_nan.read()
+        if step is not None:
+            raise diverged(step, "a score is not a number")
+
+    def _require_same(self) -> None:
+        step = self._first_different.read()
+        if step is not None:
             raise RunError(
-                f"after {self._step} steps the scores differ between the ranks; the run stops here"
+                f"after {step} steps the scores differ between the ranks; the run stops here"
             )
 
     @property
@@ -100,21 +118,30 @@ class TrainedScores:
         """The fraction of the scored weights that is kept now."""
         return self.masks.density
 
+    def gradient_masks(self, step: int) -> Mapping[str, Tensor]:
+        """All: scores of pruned weights move, too."""
+        return {}
+
     def before_update(self, step: int) -> bool:
         """Never vetoes: gradients are dense, of pruned weights too."""
         return True
 
     def after_update(self, step: int) -> None:
-        """Chooses the masks of the next forward pass. Raises `RunError` for a score that is NaN."""
+        """Chooses the masks of the next forward pass. On the CPU raises `RunError` for a NaN."""
         self._step = step + 1
         self._choose()
 
     def facts(self) -> dict[str, float]:
-        """None beyond the density."""
+        """None beyond the density. Raises `RunError` if scores differed or were NaN."""
+        self._check()
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the ramp has come, and digests of masks and weights, equal on all ranks."""
+        """How far the ramp has come, and digests of masks and weights, equal on all ranks.
+
+        Raises `RunError` as `facts`.
+        """
+        self._check()
         digest = self.masks.digest()
         self._ranks.require_same(digest, "the masks of the scores")
         return {"step": self._step, "digest": digest, "weights": self._weights}

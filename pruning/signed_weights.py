@@ -94,6 +94,7 @@ class SignedWeights:
         }
 
     def to_json(self) -> dict[str, Any]:
+        """Their part of a ticket's index."""
         signs = None if self.signs is None else self.signs.to_json()
         rest = self.rest.to_json()
         return {"generator": GENERATOR, "seed": self.seed, **self._rows(), "signs": signs, **rest}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from data.errors import UserError, did_you_mean
@@ -126,6 +126,8 @@ class Outlook:
 
     run: Folder
     earlier: Mapping[str, Promise]
+    asked: set[str] = field(default_factory=set)
+    """the earlier stages of which tickets were asked for"""
 
     def sources(
         self, where: str, place: str, levels: Sequence[int], *, needed: Needed = "start"
@@ -151,6 +153,7 @@ class Outlook:
         promise = self.earlier.get(place.rstrip("/"))
         if promise is None:
             raise UserError(f"{where} = {place!r}: {self._unknown(place)}")
+        self.asked.add(place.rstrip("/"))
         chosen = _chosen(f"{where} = {place!r}", levels, list(promise.models))
         if promise.no_weights and needed == "start":
             raise UserError(f"{where} = {place!r}: {promise.no_weights}")
@@ -215,6 +218,11 @@ def finished_levels(run: Folder, stage: str, controls: Sequence[str] = ()) -> li
     ]
     whole = all((run / f"{stage}/{name}").exists(INDEX) for name in names)
     return levels if levels and whole else None
+
+
+def unfinished(run: Folder, stage: str, promise: Promise) -> list[int]:
+    """The levels that a stage has promised, and of which there is no ticket yet."""
+    return [n for n in promise.models if not (run / f"{stage}/level-{n:02d}").exists(INDEX)]
 
 
 def _recorded(value: Any) -> list[Any]:

@@ -58,16 +58,20 @@ class TicketStore:
         self._whole: set[str] = set()
 
     def all(self) -> list[Ticket]:
+        """Every ticket, without the bits of its masks. Raises `RunError` for a damaged index."""
         found = (self._find(ticket_id) for ticket_id in self._ids())
         return [ticket for ticket in found if ticket is not None]
 
     def places(self) -> list[str]:
+        """Where each ticket is, as `Ticket.load` takes it."""
         return [f"{self.folder}/{ticket_id}.json" for ticket_id in self._ids()]
 
     def used(self) -> set[str]:
+        """The digests of the objects that tickets name."""
         return {one for ticket in self.all() for one in objects_of(ticket)}
 
     def index_folders(self) -> list[Folder]:
+        """The folders that indexes are in."""
         return [self.folder]
 
     def add(self, ticket: Ticket) -> bool:
@@ -147,19 +151,23 @@ class TicketFolder:
         write_document(folder, _CHOSEN, _CHOSEN_KIND, {"masks": masks.to_json()})
 
     def all(self) -> list[Ticket]:
+        """Every ticket, without the bits of its masks. Raises `RunError` for a damaged index."""
         return [
             ticket for level in self._levels(INDEX) if (ticket := self._read(level)) is not None
         ]
 
     def places(self) -> list[str]:
+        """Where each ticket is, as `Ticket.load` takes it."""
         return [str(folder) for folder in self._levels(INDEX)]
 
     def used(self) -> set[str]:
+        """The digests of the objects that tickets name, and of masks that were chosen."""
         chosen = (_read_chosen(folder) for folder in self._levels(_CHOSEN))
         trained = {one for ticket in self.all() for one in objects_of(ticket)}
         return trained | {one for masks in chosen for one in masks.objects}
 
     def index_folders(self) -> list[Folder]:
+        """The folders that indexes are in."""
         return [
             self.folder / f"{stage}/{name}"
             for stage in self.folder.names()

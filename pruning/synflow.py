@@ -2,8 +2,8 @@
 
 Tanaka et al. 2020 (2006.05467). R is the sum of the outputs for an image of ones, of the network
 with the absolute values of its parameters, normalisations in evaluation mode; a weight's score is
-|dR/dtheta * theta|. Pruned at once by it layers would vanish; in n steps, with the scores computed
-anew before each, they do not (Theorem 3).
+`|dR/dtheta * theta|`. Pruned at once by it layers would vanish; in n steps, with the scores
+computed anew before each, they do not (Theorem 3).
 
 R is a product over the layers, which leaves the range of float16 at once and that of float32 in
 deep networks: all is computed in float64, whatever the training computes in.

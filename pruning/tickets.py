@@ -115,6 +115,17 @@ class Ticket:
         return f"{self.stage}/{self.name}" if self.stage else self.method
 
     @property
+    def accuracy(self) -> float:
+        """On the test images at the end of its training. Raises `UserError` where none is told."""
+        try:
+            return float(self.metrics["test"]["accuracy"])
+        except (KeyError, TypeError):
+            raise UserError(
+                f"ticket {self.id[:12]} ({self.place}) tells no test accuracy: it "
+                "was not trained here"
+            ) from None
+
+    @property
     def weights_are_final(self) -> bool:
         """Whether its weights were chosen and not trained: its accuracy is theirs, masked."""
         return self.method == "multiprize"

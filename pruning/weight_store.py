@@ -36,6 +36,7 @@ class StoredTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "StoredTensor":
+        """What is told of a tensor."""
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(dtype, tuple(tensor.shape), hashlib.sha256(content.data).hexdigest())
@@ -78,6 +79,7 @@ class StoredWeights:
         return read_weights(objects, self)
 
     def to_json(self) -> dict[str, Any]:
+        """Their part of a ticket's index."""
         return {
             "tensors": {
                 name: vars(t) | {"shape": list(t.shape)} for name, t in self.tensors.items()

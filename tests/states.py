@@ -19,6 +19,9 @@ class Dense:
     masks: Mapping[str, Tensor] = {}
     density = 1.0
 
+    def gradient_masks(self, step: int) -> Mapping[str, Tensor]:
+        return {}
+
     def before_update(self, step: int) -> bool:
         return True
 

@@ -25,7 +25,7 @@ from data.files import Folder
 from data.order import random_bits, stream_seed
 from launch.cli import run_command
 from launch.config import read_config
-from launch.run import check_stages
+from launch.parts import check_stages
 from pruning.masks import prunable
 from pruning.tickets import Ticket
 from train.basis import BasisLayer, Side, orthonormal, take_basis, weights_of
@@ -420,7 +420,7 @@ MULTIPRIZE = '[[stages]]\nname = "mpt"\nrecipe = "multiprize"\n'
 SYNFLOW = '[[stages]]\nname = "syn"\nrecipe = "initial"\nscore = "synflow"\ndensity = 0.5\n'
 PATTERN = '[[stages]]\nname = "two"\nrecipe = "initial"\nscore = "snip"\npattern = "2:4"\n'
 MISTAKES: list[Mistake] = [
-    (IMP, ("--model.basis", "dtc"), "model.basis = 'dtc': invalid choice"),
+    (IMP, ("--model.basis", "dtc"), "model.basis = 'dtc': is not known; did you mean 'dct'?"),
     (MULTIPRIZE, DCT, "stages.mpt: model.basis = 'dct': binary weights are chosen as they are"),
     (SYNFLOW, DCT, "stages.syn: model.basis = 'dct': SynFlow needs weights of one sign"),
     (PATTERN, DCT, "stages.two: model.basis = 'dct': the zeros of a pattern would be coefficients"),

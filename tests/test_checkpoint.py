@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from train.checkpoint import Checkpoints
 from train.engine import Engine
 from train.manifest import manifest_digest
 from train.ranks import ALONE, Ranks
-from train.safe_dcp import read_tensors
+from train.safe_dcp import _MetadataUnpickler, read_tensors
 from train.staging import Background
 from train.state import TrainState
 
@@ -233,6 +234,31 @@ def test_a_pickle_bomb_does_not_explode(
     with pytest.raises(ValueError, match=r"refused (posix|nt|os)\.system"):
         read_tensors(str(folder), is_local=True)
     assert not (tmp_path / "exploded").exists()
+
+
+class _Member:
+    """Pickles as a member of an enumeration does in Python before 3.11.4."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (self._owner, self._name)
+
+
+def test_metadata_of_an_earlier_python_are_read() -> None:
+    """It takes the members of enumerations by getattr, which is allowed for these alone."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as FORMATS
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    def loads(owner: Any, name: str) -> Any:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(_Member(owner, name)))).load()
+
+    for member in FORMATS:
+        assert loads(FORMATS, member.name) is member
+    for owner, name in ((FORMATS, "__class__"), (FORMATS, "mro"), (MetadataIndex, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="refused"):
+            loads(owner, name)
 
 
 def test_an_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:

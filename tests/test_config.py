@@ -11,8 +11,8 @@ from tiny import TOML, write_config
 from data.errors import UserError
 from data.files import Folder
 from launch.config import flat, read_config
+from launch.parts import check_stages
 from launch.recipes import RECIPES
-from launch.run import check_stages
 from pruning.elastic import format_map
 from pruning.imp import ImpConfig
 from pruning.scores import SCORES
@@ -166,10 +166,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--data.source", "cifar11"], "is not known; did you mean 'cifar10'? (known: digits, cifar10"),
     (["--train.total", "ten"], "command line: train.total = 'ten': is not a duration"),
     (["--train.total", "5%"], "train.total = '5%': must be in epochs (90ep) or steps (2000it)"),
-    (["--train.precision", "fp8"], "train.precision = 'fp8': invalid choice 'fp8'"),
+    (["--train.precision", "fp8"], "train.precision = 'fp8': is not known; did you mean 'fp32'?"),
     (["--optimizer.lr", "-1"], "optimizer.lr = '-1': must be above 0"),
     (["--optimizer.name", "sdg"], "is no timm optimizer; did you mean"),
-    (["--schedule.name", "cosin"], "schedule.name = 'cosin': invalid choice"),
+    (["--schedule.name", "cosin"], "schedule.name = 'cosin': is not known; did you mean 'cosine'?"),
     (
         ["--model.name", "resnt50"],
         "is no timm model and no CIFAR network; did you mean 'resnet50'?",
@@ -178,16 +178,19 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--stages.imp.density", "1.5"], "stages.imp.density = '1.5': must be above 0 and at most 1"),
     (["--stages.imp.density", "0"], "stages.imp.density = '0': must be above 0 and at most 1"),
     (["--stages.imp.prune_fraction", "1"], "prune_fraction = '1': must be between 0 and 1"),
-    (["--stages.imp.mode", "rewind"], "stages.imp.mode = 'rewind': invalid choice 'rewind'"),
+    (
+        ["--stages.imp.mode", "rewind"],
+        "stages.imp.mode = 'rewind': is not known (weights, lr, finetune)",
+    ),
     (["--stages.imp.rewind", "5"], "stages.imp.rewind = '5': is not a duration"),
-    (["--stages.imp.controls", "shuffle"], "stages.imp.controls = 'shuffle': invalid choice"),
+    (["--stages.imp.controls", "shuffle"], "stages.imp.controls = 'shuffle': is not known (random"),
     (["--stages.imp.control_levels", "3"], "levels go from 1 to 2"),
     (["--stages.imp.name", "x"], "stages.imp.name can only be set in the file"),
     (["--name", "a/b"], "name = 'a/b': must be a plain folder name"),
     (["--seed", "-1"], "seed = '-1': must not be negative"),
     (["total", "4ep"], "'total': write options as --section.key value"),
     (["--checkpoint.every", "x"], "checkpoint.every = 'x': is not a duration"),
-    (["--log.trackers", "mlflow"], "log.trackers = 'mlflow': invalid choice"),
+    (["--log.trackers", "mlfow"], "log.trackers = 'mlfow': is not known; did you mean 'mlflow'?"),
     (["--train.ema", "2"], "train.ema = '2': must be between 0 and 1"),
 ]
 

@@ -313,6 +313,7 @@ def test_rigl_puts_a_change_off_after_an_overflow(bad: float) -> None:
     assert bench.mask == "11110000"
     assert torch.equal(bench.weight, before)
     assert bench.sparsity.state_dict()["put_off"]
+    assert not bench.sparsity.gradient_masks(3), "the change to come needs all gradients"
     assert bench.state.scaler.get_scale() == scale / 2
     bench.step([0.0, 0.0, 0.0, 0.0, 0.0, 3 * scale, 0.0, 2 * scale])
     assert bench.mask == "10100101"

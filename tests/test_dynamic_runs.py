@@ -289,7 +289,7 @@ MISTAKES: list[Mistake] = [
     (SET.replace("0.3", "0.0"), (), "density = '0.0': must be above 0 and at most 1"),
     (SET.replace("0.3", "[0.3, 1.5]"), (), "density = '0.3 1.5': must be above 0 and at most 1"),
     (SET.replace("0.3", "[0.3, 0.3]"), (), "give at least one, and each once"),
-    (SET.replace('"set"', '"sett"'), (), "invalid choice 'sett'"),
+    (SET.replace('"set"', '"sett"'), (), "method = 'sett': is not known; did you mean 'set'?"),
     (SET + "fraction = 0.0\n", (), "fraction = '0.0': must be between 0 and 1"),
     (SET + "fraction = 1.0\n", (), "fraction = '1.0': must be between 0 and 1"),
     (SET.replace("4it", "4"), (), "interval = '4': is not a duration"),

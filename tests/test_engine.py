@@ -1,6 +1,9 @@
 """The engine: the order of an update, precision, compilation, accumulation, the loop around it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from data.errors import RunError, UserError
 from data.files import Folder
 from data.loader import Batch, MemoryEvaluationSet, MemoryLoader
 from train.checkpoint import Checkpoints
+from train.compiling import keep_kernels
 from train.engine import Engine
 from train.instruments import Instruments
 from train.loop import Plan, fit
@@ -24,6 +28,7 @@ from train.objective import Objective
 from train.optim import OptimizerConfig, build_optimizer
 from train.progress import Display
 from train.schedule import constant
+from train.settings import TrainConfig
 from train.signals import Signals
 
 
@@ -137,11 +142,15 @@ def test_mixed_precision_trains_in_fp32_weights(precision: Any, tmp_path: Path) 
     assert state.step == 10
 
 
-def test_a_compiled_model_keeps_its_parameter_names(tmp_path: Path) -> None:
+def test_a_compiled_model_keeps_its_parameter_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """... and gives the same gradients: checkpoints and masks know nothing of `_orig_mod`."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     results = []
-    for compile in (False, True):
-        engine = Engine(compile=compile)
+    for options in ({}, {"compile": True}, {"compile": True, "cuda_graphs": True}):
+        torch.compiler.reset()
+        engine = Engine(**options)  # type: ignore[arg-type]
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         network = engine.prepare(model, batch().images)
@@ -149,9 +158,70 @@ def test_a_compiled_model_keeps_its_parameter_names(tmp_path: Path) -> None:
         state = state_of(engine, network, optimizer, batch_size=12)
         loss = engine.backward(state, batch(), Objective(10))
         results.append((list(model.state_dict()), float(loss), model[1].weight.grad))
-    assert results[0][0] == results[1][0] == ["1.weight", "1.bias"]
-    assert results[1][1] == pytest.approx(results[0][1], rel=1e-6)
-    torch.testing.assert_close(results[0][2], results[1][2])
+    for names, loss_, gradient in results:
+        assert names == ["1.weight", "1.bias"]
+        assert loss_ == pytest.approx(results[0][1], rel=1e-6)
+        torch.testing.assert_close(gradient, results[0][2])
+
+
+def test_compiled_kernels_are_kept_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the user's cache, of which nobody else can write; or where the environment says."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv(name, "mine")
+    keep_kernels()
+    assert os.environ[name] == "mine"
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_kernels()
+    folder = tmp_path / "tombola" / "compiled"
+    assert os.environ[name] == str(folder)
+    assert folder.stat().st_mode & 0o077 == 0
+    monkeypatch.delenv(name)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_kernels()
+    assert name not in os.environ
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    keep_kernels()
+    assert name not in os.environ
+
+
+def test_graphs_are_not_replayed_where_gradients_are_accumulated() -> None:
+    """The next replay would overwrite them; also where fewer ranks make it so."""
+    engine = Engine(compile=True, cuda_graphs=True)
+    assert engine.replays
+    engine.micro_batch = 8
+    assert not engine.replays
+    assert not Engine(cuda_graphs=True).replays
+    with pytest.raises(ValueError, match="cuda_graphs = true: not with micro_batch = 8"):
+        TrainConfig(compile=True, cuda_graphs=True, micro_batch=8)
+    with pytest.raises(ValueError, match="needs compile"):
+        TrainConfig(cuda_graphs=True)
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
+    script = """
+import torch
+from torch._dynamo.utils import counters
+from train.compiling import compile_in_place
+model = torch.nn.Sequential(torch.nn.Linear(64, 10), torch.nn.ReLU())
+compile_in_place(model)
+model(torch.zeros(4, 64)).sum().backward()
+print("found", counters["aot_autograd"]["autograd_cache_hit"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", script]
+    for found in ("0", "1"):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == found
 
 
 def test_a_non_finite_loss_names_its_step_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
@@ -197,6 +267,7 @@ def test_a_training_ends_when_its_sparsity_says_so(tmp_path: Path) -> None:
     state.sparsity = Until(7)
     until = plan(20, save_every=3, evaluate_every=7, ended=is_done)
     fit(state, until, engine=engine, instruments=instruments)
+    instruments.checkpoints.wait()
     assert state.step == 7
     assert state.loader.state_dict() == {"position": 7}
     instruments.recorder.close()
@@ -217,6 +288,7 @@ def test_a_training_that_has_ended_is_loaded_and_not_gone_on_with(tmp_path: Path
     weights = state.model.fc.weight.detach().clone()
     for _ in range(2):
         fit(state, plan(20, ended=is_done), engine=engine, instruments=instruments)
+        instruments.checkpoints.wait()
         assert state.step == 0
         assert torch.equal(state.model.fc.weight, weights)
         assert instruments.checkpoints.latest() == 0
@@ -227,6 +299,7 @@ def test_a_training_that_does_not_end_by_itself_goes_to_its_stop(tmp_path: Path)
     state, instruments = train_state(engine, tmp_path)
     state.sparsity = Until(4)
     fit(state, plan(3, ended=is_done), engine=engine, instruments=instruments)
+    instruments.checkpoints.wait()
     assert state.step == 3
     assert instruments.checkpoints.latest() is None
 
@@ -240,6 +313,7 @@ def test_an_ema_is_what_is_evaluated_and_saved(tmp_path: Path) -> None:
     state.ema = ModelEmaV3(state.model, decay=0.5)
     start = state.model.fc.bias.detach().clone()
     fit(state, plan(1, keep=frozenset({1})), engine=engine, instruments=instruments)
+    instruments.checkpoints.wait()
     expected = (start + state.model.fc.bias.detach()) / 2
     torch.testing.assert_close(state.evaluated.fc.bias.detach(), expected)
     saved = instruments.checkpoints.load(1)

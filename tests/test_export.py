@@ -25,6 +25,7 @@ from pruning import onnx_model
 from pruning.allocate import keep_top
 from pruning.exporting import Subnetwork
 from pruning.importing import Imported, store, store_prize
+from pruning.n_of_m import n_of_m
 from pruning.onnx_model import to_onnx
 from pruning.scores import magnitude
 from pruning.store import TicketStore
@@ -48,13 +49,15 @@ def network(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def write_ticket(folder: Path | str, spec: ModelSpec = CIFAR, *, weights: bool = True) -> str:
-    """A ticket of step 20 in a new store, by its URL."""
+def write_ticket(
+    folder: Path | str, spec: ModelSpec = CIFAR, *, weights: bool = True, pattern: bool = False
+) -> str:
+    """A ticket of step 20 in a new store, by its URL; at 25 %, or 2:4."""
     model = network(spec)
     return store(
         Imported(
             model=spec,
-            masks=keep_top(magnitude(model), 0.25),
+            masks=n_of_m(magnitude(model)) if pattern else keep_top(magnitude(model), 0.25),
             weights=model.state_dict() if weights else None,
             step=20,
             level=2,
@@ -334,12 +337,15 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     binary = store_prize(prize, str(tmp_path / "store"), {"image_shape": [3, 16, 16]})
     page = PAGE.read_text().replace("runs/digits-imp/imp/level-07", url)
     page = page.replace("runs/digits-multiprize/mpt-1-32/level-00", binary)
+    pattern = write_ticket(tmp_path / "store", ModelSpec("cifar_resnet8", 10, 4), pattern=True)
+    page = page.replace("runs/digits-2-4/initial/level-00", pattern).replace(" --trained -o", " -o")
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^tombola (export .*|tickets .*\.mpt\b.*)$", page, re.MULTILINE)
-    assert [run_command(command.split()) for command in commands] == [0] * 7
+    assert [run_command(command.split()) for command in commands] == [0] * 8
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (of_the_file,) = [block for block in blocks if "ticket.mpt" in block]
-    blocks.remove(of_the_file)
+    (of_pattern,) = [block for block in blocks if "2-4.safetensors" in block]
+    blocks = [block for block in blocks if block not in (of_the_file, of_pattern)]
     expected = Ticket.load(url).build_model()
     images = torch.randn(2, 1, 8, 8)
     for block in blocks:
@@ -351,6 +357,11 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names["model"].fc.weight_mask.any()
     exec(of_the_file, names)
     assert torch.equal(names["logits"], logits(prize.build_model(), torch.zeros(5, 3, 16, 16)))
+    exec(of_pattern, names)
+    loaded = names["model"].to("cpu", torch.float32)
+    images = torch.randn(2, 4, 8, 8)
+    expected = Ticket.load(pattern).build_model()
+    torch.testing.assert_close(logits(loaded, images), logits(expected, images), rtol=0.1, atol=0.1)
 
 
 def test_a_ticket_that_does_not_fit_its_model_is_one_line(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from states import state_of
-from torch import nn
+from torch import Tensor, nn
 
 from data.loader import Batch
 from pruning.fixed import FixedMasks
@@ -59,6 +59,55 @@ def test_nothing_masked_ever_moves(name: str) -> None:
             assert all(not tensor[~mask].any() for tensor in tensors)
             assert weight[mask].all()
     assert sparsity.density == masks.density
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "lamb"])
+def test_a_state_that_was_not_masked_is_masked_by_the_first_update(name: str) -> None:
+    """As the dense training's optimizer has it at the step to which a ticket is rewound; and again
+    where a checkpoint is loaded."""
+    engine, model = Engine(), network()
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=0.01, weight_decay=0.1))
+    dense = state_of(engine, model, optimizer, batch_size=16)
+    engine.backward(dense, batch(), Objective(10))
+    engine.update(dense)
+    masks = half(model)
+    sparsity = FixedMasks(masks, model, optimizer)
+    state = state_of(engine, model, optimizer, sparsity, batch_size=16)
+    weight, mask = model[0].weight, masks["0.weight"]
+    for step in range(4):
+        if step == 2:
+            sparsity.load_state_dict(sparsity.state_dict())
+            weight.data[~mask] = 1.0
+        engine.backward(state, batch(), Objective(10))
+        engine.update(state)
+        states = [s for s in optimizer.state[weight].values() if torch.is_tensor(s)]
+        assert not weight[~mask].any()
+        assert all(not s[~mask].any() for s in states if s.shape == weight.shape)
+
+
+def test_an_optimizer_that_keeps_zeros_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first update gradients alone are multiplied by the masks."""
+    counts: dict[str, list[int]] = {}
+    found: list[int] = []
+    multiply = torch._foreach_mul_
+
+    def counted(tensors: list[Tensor], factors: list[Tensor]) -> None:
+        found.append(len(tensors))
+        multiply(tensors, factors)
+
+    monkeypatch.setattr(torch, "_foreach_mul_", counted)
+    for name in ("momentum", "lamb"):
+        engine, model = Engine(), network()
+        optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=0.01))
+        sparsity = FixedMasks(half(model), model, optimizer)
+        state = state_of(engine, model, optimizer, sparsity, batch_size=16)
+        for _ in range(2):
+            engine.backward(state, batch(), Objective(10))
+            found.clear()
+            sparsity.before_update(0)
+            sparsity.after_update(0)
+        counts[name] = list(found)
+    assert counts == {"momentum": [2], "lamb": [2, 2]}
 
 
 def test_pruned_gradients_do_not_count_in_the_clip_norm() -> None:

@@ -427,10 +427,10 @@ MISTAKES: list[Mistake] = [
     (GROWTH + 'tolerance = 2.0\ncontrols = ["dense"]\n', (), "must be between 0 and 1"),
     (GROWTH + "ratio = 0.1\n", (), "ratio = '0.1': has no effect without tolerance"),
     (GROWTH + 'controls = ["reset", "reset"]\n', (), "controls = 'reset reset': name each once"),
-    (GROWTH + 'controls = ["rest"]\n', (), "controls = 'rest': invalid choice"),
+    (GROWTH + 'controls = ["rest"]\n', (), "controls = 'rest': is not known"),
     (GROWTH + 'grow = ["hidden", "hidden"]\n', (), "grow = 'hidden hidden': name each once"),
     (GROWTH + 'recover = "half"\n', (), "recover = 'half': is not a duration"),
-    (GROWTH + 'insertion = "identity"\n', (), "insertion = 'identity': invalid choice"),
+    (GROWTH + 'insertion = "identity"\n', (), "insertion = 'identity': is not known"),
     (GROWTH, ("--model.basis", "random"), "stages.growth: model.basis = 'random': a new block is"),
     (
         GROWTH + 'grow = ["hiden"]\n',

@@ -327,6 +327,13 @@ def test_a_global_percent_empties_no_layer_and_gives_no_nan() -> None:
         assert bool(layer.scores.grad.isfinite().all())
 
 
+def test_infinite_scores_do_not_empty_other_layers() -> None:
+    infinite = torch.full((8,), math.inf)
+    scores = {"a": infinite, "b": torch.ones(4), "c": torch.ones(4)}
+    kept = {row.name: row.kept for row in choose(scores, 0.25, "global").table()}
+    assert kept == {"a": 2, "b": 1, "c": 1}
+
+
 def test_counts_by_layer_are_kept() -> None:
     masks = choose({"a": SCORES, "b": SCORES}, {"a": 3, "b": 7})
     assert [row.kept for row in masks.table()] == [3, 7]
@@ -351,10 +358,38 @@ def test_a_device_chooses_as_the_host_does(sizes: list[int], share: float, seed:
     assert Masks(select_largest_of_all(scores, count)) == keep_count(scores, count)
 
 
-def test_a_device_finds_a_score_that_is_no_number() -> None:
-    scores = {"a": torch.ones(3), "b": torch.tensor([1.0, math.nan, 2.0])}
-    with pytest.raises(ValueError, match="score of b is not a number"):
-        select_largest_of_each(scores, {"a": 1, "b": 1})
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    extra=st.floats(0, 1),
+    least=st.integers(1, 4),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_each_layer_keeps_at_least_comes_first(
+    sizes: list[int], extra: float, least: int, seed: int
+) -> None:
+    """As if layers that one threshold leaves too little were taken out of it, until none is."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        f"layer{i}": torch.randint(0, 4, (size,), generator=generator) * 0.1**i
+        for i, size in enumerate(sizes)
+    }
+    reserves = {name: min(least, len(value)) for name, value in scores.items()}
+    size, needed = sum(sizes), sum(reserves.values())
+    count = needed + math.floor(extra * (size - needed))
+    density = count / size
+    reserved: dict[str, torch.Tensor] = {}
+    while True:
+        free = {name: value for name, value in scores.items() if name not in reserved}
+        expected = {**keep_count(free, count - sum(reserves[n] for n in reserved)), **reserved}
+        short = [name for name in free if int(expected[name].sum()) < reserves[name]]
+        if not short:
+            break
+        reserved |= {n: keep_count({n: scores[n]}, reserves[n])[n] for n in short}
+    if num_kept(density, size) == count:
+        assert choose(scores, density, "global", least) == Masks(
+            {name: expected[name] for name in scores}
+        )
 
 
 def test_a_weight_that_two_layers_share_is_refused() -> None:

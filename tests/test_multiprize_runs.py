@@ -347,6 +347,32 @@ def test_a_checkpoint_of_other_masks_is_refused() -> None:
         sparsity.after_update(4)
 
 
+@pytest.mark.parametrize("read", ["facts", "state_dict"])
+def test_on_a_gpu_a_nan_is_noted_and_told_where_it_is_logged_or_saved(
+    read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the step after which it came, and by either alone; the masks are chosen all the same."""
+    from torch import nn
+
+    from pruning import choosing
+    from pruning.multiprize import score
+    from train.ranks import ALONE
+
+    monkeypatch.setattr(choosing, "on_device", lambda scores: True)
+    model = nn.Sequential(nn.Linear(8, 4))
+    score(model)
+    with torch.no_grad():
+        model[0].scores.copy_(torch.rand(4, 8))  # type: ignore[operator]
+        sparsity = score_training.TrainedScores(score_training.Share(0.5), ALONE, model)
+        getattr(sparsity, read)()
+        model[0].scores[1, 2] = float("nan")  # type: ignore[index]
+    for step in (4, 5):
+        sparsity.after_update(step)
+        assert sparsity.density == 0.5
+    with pytest.raises(RunError, match="after 5 steps a score is not a number; no checkpoint"):
+        getattr(sparsity, read)()
+
+
 # ---- configuration
 
 

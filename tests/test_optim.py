@@ -358,6 +358,25 @@ def test_only_parameters_that_had_a_gradient_have_state() -> None:
     assert_equal_states(optimizer_state(other, restored), saved)
 
 
+def test_how_a_step_is_done_is_the_device_s_affair() -> None:
+    """A state saved where updates are fused goes on where they are not, and the other way round."""
+    model = Network()
+    for fused, other in ((True, False), (False, True)):
+        optimizers = [SGD(model.parameters(), 0.1, momentum=0.9, fused=f) for f in (fused, other)]
+        saved = optimizer_state(model, optimizers[0])
+        assert "fused" not in saved["groups"]["0"]
+        older = {**saved, "groups": {"0": {**saved["groups"]["0"], "fused": fused}}}
+        load_optimizer_state(model, optimizers[1], older)
+        assert optimizers[1].param_groups[0]["fused"] is other
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_updates_are_fused_on_a_gpu(name: str) -> None:
+    optimizer = build_optimizer(nn.Linear(4, 4).cuda(), OptimizerConfig(name=name))
+    assert optimizer.param_groups[0]["fused"] is True
+
+
 def test_another_number_of_groups_is_an_error() -> None:
     """A state without spared parameters does not fit an optimizer that has some."""
     model = network()

@@ -16,7 +16,7 @@ def tickets(num_stages: int) -> list[Any]:
             method=method,
             control=method != "snip",
             density=density,
-            metrics={"test": {"accuracy": 0.9}},
+            accuracy=0.9,
         )
         for stage in range(num_stages)
         for method in ("snip", "random", "budget")

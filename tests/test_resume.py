@@ -93,7 +93,8 @@ def test_a_run_killed_on_two_ranks_goes_on_on(
 ) -> None:
     """... fewer, which accumulate, or more: it takes the steps that are left and records each."""
     config = write_config(tmp_path, TOML.replace("rounds = 2", "rounds = 1"))
-    words = ["run", config, "--root", str(tmp_path)]
+    # A save waits until it is written: beside the training it may be lost with what is killed.
+    words = ["run", config, "--root", str(tmp_path), "--checkpoint.asynchronous", "false"]
     assert run_ranks(2, killed_run, words, "a step", 29) == [KILLED] * 2
     output = tmp_path / "out"
     codes = tombola(*words, *options, world_size=world_size, output=output)

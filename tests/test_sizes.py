@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.config import IN_MEMORY, ON_DISK, DataConfig
+from data.arrays import READERS
+from data.config import ON_DISK, DataConfig
 from data.errors import UserError
 from train.sizes import size_of_epoch
 
@@ -124,7 +125,7 @@ def test_a_size_that_is_none_is_refused(points: tuple[str, ...]) -> None:
         DataConfig("folder", size=points)
 
 
-@pytest.mark.parametrize("source", IN_MEMORY)
+@pytest.mark.parametrize("source", READERS)
 @pytest.mark.parametrize(
     "options", [{"size": ("32",)}, {"eval_size": 32}, {"eval_resize": 36}, {"color_jitter": 0.4}]
 )

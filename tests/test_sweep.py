@@ -14,7 +14,7 @@ from tiny import TOML, assert_same_run, write_config
 
 from data.errors import UserError
 from launch.cli import run_command
-from launch.comparison import Row, comparison
+from launch.comparison import Row, Run, comparison
 from launch.config import read_config
 from launch.plots import comparison_plot
 
@@ -143,12 +143,14 @@ def test_one_run_and_several_do_not_share_a_folder(
 ) -> None:
     single = write_config(tmp_path, SINGLE)
     printed = lines(capsys, ["run", single, "--root", str(root)], 2)
-    assert "tiny holds runs of several seeds: choose another --name" in printed
+    assert "tiny holds runs over seed: choose another --name for one run" in printed
     assert not (root / "tiny/config.toml").exists()
 
     own = root / "tiny/seed-3"
     words = ["run", write_config(tmp_path, SWEEP), "--root", str(own.parent), "--name", own.name]
-    assert "seed-3 is a run of one seed: choose another --name" in lines(capsys, words, 2)
+    assert "seed-3 holds one run: choose another --name for runs over seed" in lines(
+        capsys, words, 2
+    )
 
 
 def test_what_is_wrong_in_a_later_stage_is_said_before_any_seed(
@@ -204,7 +206,7 @@ def test_what_needs_one_run_names_those_that_are_there(
     for words in (["list", "tiny"], ["verify", "tiny"], ["list", url]):
         words = ["tickets", *words]
         printed = lines(capsys, [*words, "--root", str(root)], 2)
-        assert "holds runs of several seeds: name one of them, as" in printed
+        assert "holds several runs: name one of them, as" in printed
         assert printed.rstrip().endswith("tiny/seed-3")
     words = ["report", "tiny", "--compare", "--barrier", "--root", str(root)]
     assert "--compare and --barrier: choose one" in lines(capsys, words, 2)
@@ -220,15 +222,16 @@ def ticket(
         level=level,
         density=density,
         stored_masks=SimpleNamespace(num_kept=round(1000 * density)),
-        metrics={"test": {"accuracy": accuracy}},
+        accuracy=accuracy,
         timing=steps,
+        config={"settings": {"data": {"batch_size": 36}}},
         total_steps=int(sum(steps.values())),
         **{"method": stage, "control": False, **options},
     )
 
 
 def compare(*runs: list[SimpleNamespace]) -> list[Row]:
-    return comparison(runs)  # type: ignore[arg-type]
+    return comparison([Run(run) for run in runs])  # type: ignore[arg-type]
 
 
 def test_methods_are_compared_at_the_densities_that_most_of_them_have() -> None:
@@ -276,6 +279,27 @@ def test_only_what_is_dense_counts_as_dense() -> None:
     """A first round that leaves 95 % is no dense network; 92 % is taken for as much as 95 %."""
     rows = compare([ticket("imp", n, d, d) for n, d in enumerate((1.0, 0.95, 0.92))])
     assert [(row.group, row.accuracies) for row in rows] == [(1.0, (1.0,)), (0.95, (0.92,))]
+
+
+def test_variants_are_not_averaged() -> None:
+    """Each has its rows, and counts as a stage where densities are chosen."""
+    tickets = [[ticket("imp", 1, 0.5, 0.8)], [ticket("imp", 1, 0.5, 0.6), ticket("imp", 2, 0.2, 1)]]
+    runs = [Run(run, label) for label, run in zip(("k 0", "k 5"), tickets, strict=True)]  # type: ignore[arg-type]
+    rows = comparison(runs)
+    assert [(row.name, row.accuracies) for row in rows] == [
+        ("imp (k 0)", (0.8,)),
+        ("imp (k 5)", (0.6,)),
+        ("imp (k 5)", (1.0,)),
+    ]
+
+
+def test_hours_are_those_of_all_devices() -> None:
+    """400 steps of 36 images at 4 a second are an hour; on two devices, two."""
+    one = ticket("imp", 1, 0.5, 0.8, search=300.0)
+    one.timing["images_per_second"] = 4.0
+    assert comparison([Run([one], num_devices=2)])[0].hours == 2.0  # type: ignore[list-item]
+    untold = ticket("imp", 1, 0.5, 0.8)
+    assert comparison([Run([one]), Run([untold])])[0].hours is None  # type: ignore[list-item]
 
 
 def test_the_comparison_is_a_picture() -> None:

@@ -133,6 +133,8 @@ def test_overlaps_by_hand() -> None:
     assert row.iou == 0.25
     assert row.chance == pytest.approx(1.5 / 3.5)
     assert total([row, row]).size == 8
+    masks = Masks({"w": torch.tensor([True, False]), "x": torch.ones(2).bool()})
+    assert total(overlaps(masks, masks)).chance == pytest.approx(2.5 / 3.5)  # layer by layer
     with pytest.raises(ValueError, match=r"w is \(4,\) and \(1,\)"):
         overlaps(first, Masks({"w": torch.ones(1).bool()}))
 

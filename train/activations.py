@@ -42,6 +42,7 @@ class Sign(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """The signs of `x`, of its shape: +1 and -1, +1 at 0."""
         if not torch.is_grad_enabled():
             return sign(x)  # plain operations: no exporter has to know of the gradient
         signs: Tensor = _ApproximateSign.apply(x)

@@ -120,7 +120,7 @@ def _mixed(layer: type[Any]) -> type[nn.Module]:
 
 
 def take_basis(model: nn.Module, basis: str) -> None:
-    """Makes the convolutions and linear layers of `model` `BasisLayer`s, in place.
+    """Makes the convolutions and linear layers of `model` a `BasisLayer` each, in place.
 
     The network computes the same; a weight that layers share stays one parameter. On `meta` the
     matrices have no memory either. Raises `ValueError` for a layer with too large a side.

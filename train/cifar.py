@@ -59,6 +59,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, C, H, W]` -> `[N, C', H', W']`."""
         out = self.act1(self.norm1(self.conv1(x)))
         summed: Tensor = self.act2(self.norm2(self.conv2(out)) + self.shortcut(x))
         return summed
@@ -111,6 +112,7 @@ class CifarResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, C, H, W]` -> logits `[N, num_classes]`."""
         out = self.stages(self.act1(self.norm1(self.conv1(x))))
         scores: Tensor = self.fc(out.mean((2, 3)))
         return scores
@@ -145,6 +147,7 @@ class CifarColumn(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, C, H, W]` -> logits `[N, num_classes]`."""
         out = self.blocks(self.act1(self.norm1(self.conv1(x))))
         scores: Tensor = self.fc(out.mean((2, 3)))
         return scores
@@ -171,6 +174,7 @@ class CifarVgg(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, C, H, W]` -> logits `[N, num_classes]`."""
         *inner, last = self.stages
         for stage in inner:
             x = self.act(_halved(stage(x)))
@@ -204,6 +208,7 @@ class CifarVggSmall(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, C, H, W]` -> logits `[N, num_classes]`."""
         *inner, last = self.stages
         for stage in inner:
             x = self.act(_halved(stage(x)))

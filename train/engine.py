@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from data.loader import Batch
+from train.compiling import compile_in_place
+from train.network import choose_interface
 from train.objective import Objective
 from train.ranks import Ranks
+from train.reduction import ReduceDtype, Reduction
 from train.rng import kept_generators
 from train.state import Network, TrainState
 
@@ -36,16 +39,20 @@ class Engine(Ranks):
         precision: Precision = "fp32",
         channels_last: bool = False,
         compile: bool = False,
+        cuda_graphs: bool = False,
         sync_batchnorm: bool = False,
         clip: float | None = None,
         micro_batch: int | None = None,
         timeout: float = 300.0,
+        pack_below: float = 0.4,
+        reduce_dtype: ReduceDtype = "fp32",
     ) -> None:
         cuda = torch.cuda.is_available()
         handlers: list[Any] = [
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ]
         if "LOCAL_RANK" in os.environ:  # under torchrun
+            choose_interface()
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             limit = timedelta(seconds=timeout)
             handlers.append(InitProcessGroupKwargs(backend=backend, timeout=limit))
@@ -55,7 +62,9 @@ class Engine(Ranks):
         torch.backends.cudnn.benchmark = True  # shapes repeat; the first steps choose kernels
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes)
         self.clip, self.micro_batch = clip, micro_batch
-        self._compile, self._sync_batchnorm = compile, sync_batchnorm
+        self._pack_below, self._reduce_dtype = pack_below, reduce_dtype
+        self._compile, self._cuda_graphs = compile, cuda_graphs
+        self._sync_batchnorm = sync_batchnorm
         self.channels_last = channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -74,13 +83,17 @@ class Engine(Ranks):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = model.to(self.device).to(memory_format=self._memory_format)
         if self._compile:
-            model.compile()
+            compile_in_place(model, cuda_graphs=self.replays)
         with warnings.catch_warnings():
             # torch 2.15 renames the option; its new name is not in 2.11.
             warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
-            network = Network(model, self.accelerator.prepare_model(model))
-        if self.world_size > 1:
-            self._settle(network, example)
+            wrapped = self.accelerator.prepare_model(model)
+        if self.world_size == 1:
+            return Network(model, wrapped)
+        reduction = Reduction(model, pack_below=self._pack_below, reduce_dtype=self._reduce_dtype)
+        wrapped.register_comm_hook(reduction, Reduction.sum)
+        network = Network(model, wrapped, reduction)
+        self._settle(network, example)
         return network
 
     def _settle(self, network: Network, example: Tensor) -> None:
@@ -93,11 +106,27 @@ class Engine(Ranks):
         before = {name: value.clone() for name, value in network.module.state_dict().items()}
         with kept_generators(self.device):
             for _ in range(2):
-                with self.autocast():
-                    output = network.wrapped(self.place(example))
-                output.float().mean().backward()
+                self.forward(network.wrapped, example).mean().backward()
         network.module.load_state_dict(before)
         network.module.zero_grad(set_to_none=True)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The logits of images `[N, C, H, W]`: `[N, classes]` in float32.
+
+        With CUDA graphs they are overwritten by the next call, which the backward pass of this one
+        must come before.
+        """
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self.autocast():
+            logits: Tensor = model(self.place(images))
+        return logits.float()
+
+    @property
+    def replays(self) -> bool:
+        """Whether CUDA graphs are used: gradients that are accumulated would lie in the memory that
+        the next replay overwrites."""
+        return self._compile and self._cuda_graphs and self.micro_batch is None
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -128,23 +157,24 @@ class Engine(Ranks):
         """Gradients of the mean loss over the *global* batch; `batch` is this rank's share.
 
         Each rank's loss is a sum over its share, divided by the global batch size, so that
-        unequal shares and micro-batches weigh every image alike. Returns this rank's part of the
-        mean loss, detached: the sum over ranks is the loss of the step.
+        unequal shares and micro-batches weigh every image alike. On several ranks a gradient that
+        the sparsity has no use for may be zero. Returns this rank's part of the mean loss,
+        detached: the sum over ranks is the loss of the step.
         """
         batch_size, wrapped = state.loader.batch_size, state.network.wrapped
         images, targets = objective.mix(batch, state.step)
         num_parts = self.num_micro_batches(batch_size)
+        if state.network.reduction is not None:
+            state.network.reduction.need(state.sparsity.gradient_masks(state.step))
         state.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         parts = zip(images.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
         for index, (part, target) in enumerate(parts):
             last = index == num_parts - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
-                with self.autocast():
-                    logits = wrapped(self.place(part))
-                loss = objective.loss_sum(logits.float(), target) / batch_size
-                # DDP averages over the ranks; we want the sum of their parts.
-                state.scaler.scale(loss * self.world_size).backward()
+                logits = self.forward(wrapped, part)
+                loss = objective.loss_sum(logits, target) / batch_size
+                state.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
@@ -153,7 +183,7 @@ class Engine(Ranks):
         return images.contiguous(memory_format=self._memory_format)
 
     def update(self, state: TrainState) -> None:
-        """One optimizer step on the averaged gradients, unless the sparsity vetoes it."""
+        """One optimizer step on the gradients of all ranks, unless the sparsity vetoes it."""
         state.scaler.unscale_(state.optimizer)
         if state.sparsity.before_update(state.step):
             if self.clip is not None:

@@ -37,14 +37,14 @@ def evaluate(
     engine.broadcast_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     for batch in images:
-        with engine.autocast():
-            logits = model(engine.place(batch.images)).float()
-            if flip:
-                mirrored = model(engine.place(batch.images.flip(3))).float()
-                logits = (logits + mirrored) / 2
+        logits = engine.forward(model, batch.images)
+        if flip:
+            mirrored = batch.images.flip(3)
+            logits = (logits.clone() + engine.forward(model, mirrored)) / 2
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        counts = (loss, guesses[:, 0].sum(), guesses.sum(), torch.tensor(len(logits)))
+        size = torch.full_like(loss, len(logits))  # made on the device: a copy would wait for it
+        counts = (loss, guesses[:, 0].sum(), guesses.sum(), size)
         sums += torch.stack([count.to(sums) for count in counts])
     model.train(was_training)
     loss_sum, first, among, count = engine.reduce(sums).tolist()

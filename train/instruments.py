@@ -30,14 +30,18 @@ class Instruments:
     """`stage` and `level`, as they stand in every record"""
 
     def record_training(
-        self, state: TrainState, *, loss: float, rate: float, throughput: Throughput
+        self, state: TrainState, *, stop: int, loss: float, rate: float, throughput: Throughput
     ) -> None:
-        """Records the loss over the global batch of the last step, and its learning rate."""
-        seconds, images_per_second = throughput.lap()
+        """Records the loss over the global batch of the last step, and its learning rate.
+
+        `stop` is the step at which the training ends.
+        """
+        lap = throughput.lap()
         fact = {
             "event": "train",
             **self.identity,
             "step": state.step,
+            "stop": stop,
             "epoch": state.step / state.loader.steps_per_epoch,
             "loss": loss,
             "lr": rate,
@@ -47,11 +51,10 @@ class Instruments:
         if state.loader.skips_bad:
             place = (str(self.identity.get("stage")), str(self.identity.get("level")))
             fact["replaced"] = self.recorder.num_replaced(*place)
-        self.recorder.record(fact, {"images_per_second": images_per_second})
+        timing = {"images_per_second": lap.images_per_second, "data_wait": lap.data_wait}
+        self.recorder.record(fact, timing)
         self.display.status.density = state.sparsity.density
-        self.display.advance(
-            step=state.step, seconds=seconds, images_per_second=images_per_second, loss=loss
-        )
+        self.display.advance(step=state.step, lap=lap, loss=loss)
 
     def record_replacements(self, state: TrainState, engine: Engine) -> None:
         """Records the images that any rank had to replace, each once, in the order of the steps.

@@ -48,10 +48,11 @@ class Plan:
 
 
 def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instruments) -> None:
-    """Trains `state` to the end of the plan, and leaves the state there, all saves committed.
+    """Trains `state` to the end of the plan, and leaves the state there.
 
-    Raises `RunError` at the first non-finite loss, naming its step (the checkpoint before it
-    stays), and `Interrupted` after a signal, with the state saved.
+    The last save may still be on its way: `Checkpoints.wait` tells when it is committed. Raises
+    `RunError` at the first non-finite loss, naming its step (the checkpoint before it stays), and
+    `Interrupted` after a signal, with the state saved.
     """
     throughput = Throughput()
     health = Health(engine)
@@ -72,7 +73,8 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
     state.model.train()
     batches = iter(state.loader)
     while not plan.is_over(state):
-        batch = next(batches)
+        with throughput.waiting():
+            batch = next(batches)
         rate = set_learning_rate(state.optimizer, plan.schedule, state.step, plan.learning_rate)
         loss = engine.backward(state, batch, plan.objective)
         health.watch(loss, state.step)
@@ -86,9 +88,13 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
             health.check()
             instruments.record_replacements(state, engine)
             global_loss = float(engine.reduce(loss))
-            instruments.record_training(state, loss=global_loss, rate=rate, throughput=throughput)
+            instruments.record_training(
+                state, stop=plan.stop, loss=global_loss, rate=rate, throughput=throughput
+            )
         if _due(plan.evaluate_every, state.step) and not plan.is_over(state):
             with throughput.paused():
+                health.check()
+                state.sparsity.facts()  # raises what a method has noted: nothing bad is recorded
                 instruments.record_replacements(state, engine)
                 split, images = instruments.held_out
                 result = evaluate(state.evaluated, images, engine, flip=plan.eval_flip)
@@ -101,7 +107,6 @@ def fit(state: TrainState, plan: Plan, *, engine: Engine, instruments: Instrumen
             instruments.checkpoints.wait()
             raise Interrupted(f"saved at step {state.step}")
     health.check()
-    instruments.checkpoints.wait()
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -1,24 +1,23 @@
-"""What a run records: `metrics.jsonl` always, TensorBoard and Weights & Biases on request.
+"""What a run records: `metrics.jsonl` always, and trackers on request.
 
 A line is a fact about the training, the same in every run of the same configuration; what depends
 on the machine and the hour stands under `timing`. A resumed run meets facts that its first attempt
 recorded already, and leaves them: no line is ever doubled.
 """
 
-import hashlib
-import importlib.util
 import math
+import re
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-
-from data.errors import UserError
 from data.files import Folder, Journal
+from train.trackers import Tracked, TrackerName, Trackers
 
 _IDENTITY = ("event", "stage", "level", "split", "step", "image")
+_NOT_TRACKED = (*_IDENTITY, "stop")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LogConfig:
 
     every: int = 50
     """steps between two records of the training loss"""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """also send everything there"""
 
     def __post_init__(self) -> None:
@@ -36,21 +35,36 @@ class LogConfig:
 
 
 class Recorder:
-    """Writes the facts of a run, on rank 0; without a folder, as elsewhere, it does nothing."""
+    """Writes the facts of a run, on rank 0; without a folder, as elsewhere, it does nothing.
+
+    `part` names what this process does of a run: then the facts are in a file of its own, and those
+    that other processes have written by now are known. `settings` is the configuration, key by key.
+    """
 
     def __init__(
-        self, folder: Folder | None = None, *, run: str = "", config: LogConfig | None = None
+        self,
+        folder: Folder | None = None,
+        *,
+        run: str = "",
+        config: LogConfig | None = None,
+        part: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._journal = None if folder is None else Journal(folder, "metrics.jsonl")
-        records = [] if self._journal is None else self._journal.records
+        self._journal = None if folder is None else Journal(folder, journal_name(part))
+        own = [] if self._journal is None else self._journal.records
+        records = list(own)
+        if folder is not None:
+            records += others_records(folder, part)
         self._known = {_identity(record) for record in records}
-        self._rates: dict[tuple[str, str], list[float]] = {}
+        self._timings: dict[tuple[str, str], dict[str, list[float]]] = {}
         self._replaced: Counter[tuple[str, str]] = Counter()
         self._curves: dict[tuple[str, str, str], dict[int, float]] = {}
         for record in records:
             self._remember(record)
-        config = config or LogConfig()
-        self._trackers = [] if folder is None else _open_trackers(folder, run, config)
+        self._trackers: Trackers | None = None
+        if folder is not None and config is not None and config.trackers:
+            tracked = Tracked(folder, run, part, settings or {}, is_new=not own)
+            self._trackers = Trackers(config.trackers, tracked)
 
     def record(self, fact: dict[str, Any], timing: dict[str, float] | None = None) -> None:
         """Adds a fact: `event`, `stage`, `level`, `step` (and `split`) say which, the rest what."""
@@ -61,24 +75,25 @@ class Recorder:
         record = {**fact, "timing": timing} if timing else fact
         self._journal.append(record)
         self._remember(record)
-        prefix = "/".join(str(fact[k]) for k in ("stage", "level", "split", "event") if k in fact)
-        numbers = {
-            f"{prefix}/{key}": value
-            for key, value in {**fact, **(timing or {})}.items()
-            if isinstance(value, int | float) and key not in _IDENTITY
-        }
-        for tracker in self._trackers:
-            if (
-                tracker.name == "wandb"
-            ):  # its own step only rises, ours goes back to k at each level
-                tracker.log({**numbers, f"{prefix}/step": fact["step"]})
-            else:
-                tracker.log(numbers, step=fact["step"])
+        if self._trackers is not None:
+            prefix = "/".join(
+                str(fact[k]) for k in ("stage", "level", "split", "event") if k in fact
+            )
+            numbers = {
+                f"{prefix}/{key}": value
+                for key, value in {**fact, **(timing or {})}.items()
+                if isinstance(value, int | float) and key not in _NOT_TRACKED
+            }
+            self._trackers.log(prefix, numbers, fact["step"])
 
-    def images_per_second(self, stage: str, level: str) -> float:
-        """The median rate of a level's training, over all attempts at it (rank 0; else 0)."""
-        rates = self._rates.get((stage, level))
-        return statistics.median(rates) if rates else 0.0
+    def timing(self, stage: str, level: str) -> dict[str, float]:
+        """What a level's training took, `images_per_second` and `data_wait`: the medians over its
+        records, of all attempts at it (rank 0; else 0)."""
+        found = self._timings.get((stage, level), {})
+        return {
+            name: statistics.median(found[name]) if name in found else 0.0
+            for name in ("images_per_second", "data_wait")
+        }
 
     def num_replaced(self, stage: str, level: str) -> int:
         """How many training images of a level were replaced, over all attempts at it (rank 0)."""
@@ -90,9 +105,8 @@ class Recorder:
 
     def _remember(self, record: dict[str, Any]) -> None:
         place = (str(record.get("stage")), str(record.get("level")))
-        rate = (record.get("timing") or {}).get("images_per_second")
-        if rate is not None:
-            self._rates.setdefault(place, []).append(rate)
+        for name, value in (record.get("timing") or {}).items():
+            self._timings.setdefault(place, {}).setdefault(name, []).append(value)
         if record.get("event") == "evaluation":
             curve = self._curves.setdefault((*place, str(record.get("split"))), {})
             curve[int(record["step"])] = record["accuracy"]
@@ -103,16 +117,15 @@ class Recorder:
         """Makes the facts so far durable: a checkpoint must not know more than they tell."""
         if self._journal is not None:
             self._journal.sync()
-        for tracker in self._trackers:
-            if isinstance(tracker, TensorBoardTracker):
-                tracker.tracker.flush()
+        if self._trackers is not None:
+            self._trackers.flush()
 
     def close(self) -> None:
         """Closes the file and the trackers."""
         if self._journal is not None:
             self._journal.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
 
 
 def _identity(fact: dict[str, Any]) -> tuple[Any, ...]:
@@ -124,18 +137,17 @@ def _is_no_number(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _open_trackers(folder: Folder, run: str, config: LogConfig) -> list[GeneralTracker]:
-    trackers: list[GeneralTracker] = []
-    for name in config.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"log.trackers: {name} is not installed; pip install 'tombola[{name}]'")
-        if name == "tensorboard":
-            if folder.local_path is None:
-                raise UserError("log.trackers: tensorboard needs a run folder on a local disk")
-            trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder.local_path)))
-        else:
-            identity = hashlib.sha256(folder.location.encode()).hexdigest()[:16]
-            trackers.append(WandBTracker("tombola", name=run, id=identity, resume="allow"))
-    for tracker in trackers:
-        tracker.start()
-    return trackers
+def journal_name(part: str = "") -> str:
+    """The file of the facts that a process records which does a part of a run, or all of it."""
+    return f"metrics-{part}.jsonl" if part else "metrics.jsonl"
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file of a run holds facts."""
+    return re.fullmatch(r"metrics(-.+)?\.jsonl", name) is not None
+
+
+def others_records(folder: Folder, part: str) -> list[dict[str, Any]]:
+    """What other processes than that of `part` have recorded of a run by now."""
+    names = [name for name in folder.names() if is_journal(name) and name != journal_name(part)]
+    return [record for name in names for record in Journal.read(folder, name)]

@@ -19,6 +19,7 @@ class Unit(nn.Module):
         self.act = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, width]` -> the same shape."""
         activated: Tensor = self.act(self.linear(x))
         return activated
 
@@ -52,6 +53,8 @@ class Mlp(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x: [N, C, H, W]` -> logits `[N, num_classes]`. Raises `ValueError` for images that are
+        too small."""
         height, width = x.shape[-2:]
         if min(height, width) < self.side:
             raise ValueError(

@@ -33,14 +33,14 @@ class ModelConfig:
     """any timm model, cifar_resnet{6n+2}, cifar_resnet18/34, cifar_resnet_column,
     cifar_vgg{11,13,16,19}, cifar_vgg_small or mlp"""
     width: int | None = None
-    """channels of the first stage, CIFAR networks and timm ResNets (default: 16 for
+    """channels of the first stage, CIFAR networks and timm ResNets; by default 16 for
     cifar_resnet{6n+2}, 8 for cifar_resnet_column, 128 for cifar_vgg_small, else 64; where blocks
-    are bottlenecks, that of their inner convolutions), or units of a layer of mlp (128)"""
+    are bottlenecks, that of their inner convolutions, or units of a layer of mlp (128)"""
     side: int | None = None
-    """mlp: it reads images of side x side pixels, to which larger ones are averaged (default: 28,
-    as MNIST's are)"""
+    """mlp: it reads images of side x side pixels, to which larger ones are averaged; by default 28,
+    as MNIST's are"""
     norm: str | None = None
-    """batch or group, CIFAR networks only (default: batch)"""
+    """batch or group, CIFAR networks only; by default batch"""
     activation: str | None = None
     """relu or sign (binary activations; default: relu): CIFAR networks, timm ResNets of basic
     blocks"""
@@ -52,11 +52,11 @@ class ModelConfig:
     drop_path_rate: float | None = None
     """stochastic depth, timm models only"""
     zero_init_last: bool | None = None
-    """begin with a gain of zero at the end of each block, as timm has it (default: timm's own,
-    mostly true); timm's ResNets, RegNets and relatives"""
+    """begin with a gain of zero at the end of each block, as timm has it; by default timm's own,
+    mostly true; timm's ResNets, RegNets and relatives"""
     basis: Basis | None = None
     """what is trained and pruned: the weights (identity), or their coefficients in an orthonormal
-    basis, dct or random (default: identity)"""
+    basis, dct or random; by default identity"""
 
     def __post_init__(self) -> None:
         small = find_network(self.name) is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -15,6 +15,11 @@ from data.errors import did_you_mean
 from train.schedule import Schedule
 
 NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)
+"""which update all parameters in one kernel on a GPU, and in fp16 do not wait for it; not SGD,
+whose momentum would be whatever memory held where the first step of all overflows"""
+_HOW = ("fused", "foreach", "capturable")
+"""options that change how a step is done on this device, and not what it does"""
 # Other packages, a second backward pass, or state that is more than tensors by parameter.
 _NOT_HERE = ["bnb*", "fused*", "adahessian", "kron*"]
 
@@ -28,7 +33,9 @@ class OptimizerConfig:
     lr: float = 0.1
     """base learning rate, for the whole global batch"""
     momentum: float = 0.9
+    """of optimizers that have one"""
     weight_decay: float = 1e-4
+    """factor of the weights that is added to their gradients, or as the optimizer has it"""
     decay_norm_and_bias: bool = True
     """weight decay on normalisations and biases too, as in the papers' recipes"""
 
@@ -65,12 +72,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
+    kind = get_optimizer_class(config.name, bind_defaults=False)
+    on_gpu = all(parameter.is_cuda for parameter in seen)
+    how: dict[str, Any] = {"fused": True} if on_gpu and kind in _FUSED else {}
     return create_optimizer_v2(
         groups,
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
+        **how,
     )
 
 
@@ -86,7 +97,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state by parameter name, so that it survives another order of parameters."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {
-        str(number): {k: v for k, v in group.items() if _is_saved(v)}
+        str(number): {k: v for k, v in group.items() if k not in _HOW and _is_saved(v)}
         for number, group in enumerate(optimizer.param_groups)
     }
     return {
@@ -109,10 +120,10 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
     unknown = saved["state"].keys() - {names[parameter] for parameter in index}
     if unknown or len(saved["groups"]) != len(optimizer.param_groups):
         raise ValueError(f"optimizer state of another model: {', '.join(sorted(unknown)[:3])}")
-    groups = [
-        {**group, **saved["groups"][str(number)], "params": [index[p] for p in group["params"]]}
-        for number, group in enumerate(optimizer.param_groups)
-    ]
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        values = {k: v for k, v in saved["groups"][str(number)].items() if k not in _HOW}
+        groups.append({**group, **values, "params": [index[p] for p in group["params"]]})
     state = {
         number: {k: _own(v, p) for k, v in saved["state"][names[p]].items()}
         for p, number in index.items()

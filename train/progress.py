@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from train.watch import Lap
+
 _PLAIN_SECONDS = 10.0
+MUCH_WAIT = 0.02
+"""the share of a training's time from which on waiting for data is worth a word"""
 
 
 @dataclass
@@ -18,6 +22,7 @@ class Status:
     step: int = 0
     stop: int = 0
     images_per_second: float = 0.0
+    data_wait: float = 0.0
     loss: float = float("nan")
     accuracy: float = float("nan")
 
@@ -60,14 +65,14 @@ class Display:
         """A phase of that many steps was finished earlier."""
         self._done += num_steps
 
-    def advance(self, *, step: int, seconds: float, images_per_second: float, loss: float) -> None:
-        """The phase has reached `step`, in `seconds` of wall time since the last call."""
+    def advance(self, *, step: int, lap: Lap, loss: float) -> None:
+        """The phase has reached `step`, in a lap since the last call."""
         steps = step - self.status.step
         self._done += steps
         self._timed_steps += steps
-        self._seconds += seconds
+        self._seconds += lap.seconds
         self.status.step, self.status.loss = step, loss
-        self.status.images_per_second = images_per_second
+        self.status.images_per_second, self.status.data_wait = lap.images_per_second, lap.data_wait
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=step, facts=self._facts())
         elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
@@ -109,6 +114,8 @@ class Display:
         if status.accuracy == status.accuracy:
             facts.append(f"accuracy {status.accuracy:.4f}")
         facts.append(f"ETA {self._eta()}")
+        if status.data_wait >= MUCH_WAIT:
+            facts.append(f"data wait {status.data_wait:.0%}")
         return "  ".join(facts)
 
     def _eta(self) -> str:

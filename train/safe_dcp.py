@@ -17,7 +17,12 @@ from typing import IO, Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -57,11 +62,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # as Python before 3.11.4 pickles the member of an enumeration
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.startswith("pathlib") and name in {"PosixPath", "WindowsPath", "PurePosixPath"}:
             return pathlib.PurePosixPath  # the saved location, which is not used
         raise pickle.UnpicklingError(f"refused {module}.{name}")
+
+
+def _member(owner: Any, name: str) -> _MEM_FORMAT_ENCODING:
+    """A member of the one enumeration that metadata have. Raises `UnpicklingError` for others."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"refused {name} of {owner!r}")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_metadata(file: IO[bytes]) -> Metadata:

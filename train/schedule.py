@@ -17,6 +17,7 @@ class ScheduleConfig:
     """How the learning rate changes over the training."""
 
     name: Name = "step"
+    """constant, step (falls at milestones), cosine or linear (to `final`)"""
     milestones: tuple[str, ...] = ()
     """step: where the rate is multiplied by `gamma`"""
     gamma: float = 0.1

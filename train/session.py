@@ -70,6 +70,7 @@ class Phase:
 
     @property
     def name(self) -> str:
+        """Its folder in the run: stage and level."""
         return f"{self.stage}/{self.level}"
 
 
@@ -102,6 +103,8 @@ class Session:
     recorder: Recorder
     display: Display
     signals: Signals
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    """options of the stage as its run has them, where this process does a part of it alone"""
     data: Data = field(init=False)
     data_record: Record = field(init=False)
     """what the data are, to be compared with what an earlier attempt saw"""
@@ -272,9 +275,9 @@ class Session:
             held_out=(self.held_out, self.data.evaluation[self.held_out]),
             identity={"stage": phase.stage, "level": phase.level},
         )
-        with checkpoints:
+        with checkpoints:  # whose last save is written while the evaluation goes on
             fit(state, self._plan(phase), engine=self.engine, instruments=instruments)
-        evaluations = self.evaluate(state.evaluated)
+            evaluations = self.evaluate(state.evaluated)
         for split, result in evaluations.items():
             instruments.record_evaluation(state, split, result)
         self.recorder.sync()

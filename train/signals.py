@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.errors import Interrupted
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -46,6 +48,8 @@ class Signals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, Interrupted):
+            error.was_signalled = self._signalled
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

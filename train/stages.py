@@ -34,6 +34,7 @@ class Stage:
 
     @property
     def num_blocks(self) -> int:
+        """How many blocks it has."""
         return len(self.blocks)
 
     def prefix(self, block: int) -> str:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from data.loader import Loader
 from train.optim import load_optimizer_state, optimizer_state
+from train.reduction import Reduction
 from train.rng import load_rng_state, rng_state
 
 
@@ -27,8 +28,17 @@ class Sparsity(Protocol):
         """The fraction of the prunable weights that is kept."""
         ...
 
+    def gradient_masks(self, step: int) -> Mapping[str, Tensor]:
+        """Of which entries of the gradients `before_update(step)` makes use: masks as `masks` has
+        them; of a parameter that is absent it sees all.
+
+        Ranks need not tell each other the rest, which may then be zero. Another mapping each time
+        that something changes; the same on all ranks.
+        """
+        ...
+
     def before_update(self, step: int) -> bool:
-        """Sees the dense gradients, averaged over ranks and unscaled; `False` vetoes the step.
+        """Sees the gradients, summed over ranks and unscaled; `False` vetoes the step.
 
         After an overflow in fp16 they are not finite, and the optimizer skips this step.
         """
@@ -42,9 +52,13 @@ class Sparsity(Protocol):
         """What the method wants recorded beside the loss: a penalty, a rate of exploration."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs, masks included."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,8 @@ class Network:
 
     module: nn.Module
     wrapped: nn.Module
+    reduction: Reduction | None = None
+    """of its gradients, on several ranks"""
 
 
 @dataclass
@@ -72,6 +88,7 @@ class TrainState:
 
     @property
     def model(self) -> nn.Module:
+        """The network itself, without the wrappers of DDP and compilation."""
         return self.network.module
 
     @property

@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import timm
 import torch
@@ -26,46 +27,83 @@ from train.schedule import constant
 from train.signals import Signals
 from train.state import TrainState
 
-ROUNDS = 21
+_IDENTITY = {"stage": "bench", "level": "engine"}
 
 
 def bench_engine(*, as_json: bool) -> None:
-    """CPU: ResNet-18 at 64 px, batch 32, fp32. CUDA: ResNet-50 at 224 px, channels_last, bf16.
+    """CPU: ResNet-18 at 64 px, batch 32, fp32. CUDA: ResNet-50 at 224 px, channels_last, bf16,
+    as it is and compiled, and a small network with CUDA graphs against the same loop without.
+    `data wait`: the share of `fit` in which the next batch is waited for.
 
     Both loops see the same images on the device, the same model and the same optimizer; `fit`
     also draws its batches by `SampleOrder`, holds a dense ticket's masks, logs, polls for signals.
     """
-    cuda = torch.cuda.is_available()
-    name, size, batch_size, steps = ("resnet50", 224, 256, 20) if cuda else ("resnet18", 64, 32, 3)
-    precision: Precision = "bf16" if cuda else "fp32"
-    engine = Engine(precision=precision, channels_last=cuda)
-    images = torch.randn(2 * batch_size, 3, size, size, device=engine.device)
-    labels = torch.randint(0, 1000, (2 * batch_size,), device=engine.device)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = _through_fit(engine, name, images, labels, batch_size, steps, Folder(folder))
-        bare = _bare_loop(engine, name, images, labels, batch_size, steps, precision)
-        fit_seconds, bare_seconds = interleaved(ours, bare, rounds=ROUNDS)
-    num_images = batch_size * steps
+    if not torch.cuda.is_available():
+        work = _Work("resnet18", size=64, batch_size=32, steps=3, rounds=21, precision="fp32")
+        report({"work": str(work), **_measured(work)}, as_json=as_json)
+        return
+    work = _Work("resnet50", size=224, batch_size=256, steps=20, rounds=5, precision="bf16")
+    small = _Work("resnet18", size=32, batch_size=128, steps=50, rounds=5, precision="bf16")
     result = {
-        "work": f"{name}, {size} px, batch {batch_size}, {precision}, {ROUNDS} x {steps} steps",
-        "fit images/s": num_images / statistics.median(fit_seconds),
-        "bare loop images/s": num_images / statistics.median(bare_seconds),
-        "ratio": median_ratio(bare_seconds, fit_seconds),
+        "work": str(work),
+        "as it is": _measured(work),
+        "compiled": _measured(work, compiled=True),
+        "small network": str(small),
+        "small, compiled": _measured(small, compiled=True),
+        "small, CUDA graphs": _measured(small, compiled=True, cuda_graphs=True),
     }
-    engine.close()
     report(result, as_json=as_json)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What both loops do."""
+
+    name: str
+    size: int
+    batch_size: int
+    steps: int
+    rounds: int
+    precision: Precision
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, {self.size} px, batch {self.batch_size}, {self.precision}, "
+            f"{self.rounds} x {self.steps} steps"
+        )
+
+
+def _measured(
+    work: _Work, *, compiled: bool = False, cuda_graphs: bool = False
+) -> dict[str, float]:
+    """Images per second of both loops, and the median of their ratios, round by round."""
+    cuda, batch_size = torch.cuda.is_available(), work.batch_size
+    engine = Engine(
+        precision=work.precision, channels_last=cuda, compile=compiled, cuda_graphs=cuda_graphs
+    )
+    images = torch.randn(2 * batch_size, 3, work.size, work.size, device=engine.device)
+    labels = torch.randint(0, 1000, (2 * batch_size,), device=engine.device)
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(Folder(folder))
+        ours = _through_fit(engine, work, images, labels, recorder)
+        bare = _bare_loop(engine, work, images, labels, compiled=compiled)
+        fit_seconds, bare_seconds = interleaved(ours, bare, rounds=work.rounds)
+        recorder.close()
+    engine.close()
+    num_images = batch_size * work.steps
+    return {
+        "fit images/s": num_images / statistics.median(fit_seconds),
+        "bare loop images/s": num_images / statistics.median(bare_seconds),
+        "ratio": median_ratio(bare_seconds, fit_seconds),
+        "data wait": recorder.timing(**_IDENTITY)["data_wait"],
+    }
+
+
 def _through_fit(
-    engine: Engine,
-    name: str,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    batch_size: int,
-    steps: int,
-    folder: Folder,
+    engine: Engine, work: _Work, images: torch.Tensor, labels: torch.Tensor, recorder: Recorder
 ) -> Callable[[], object]:
-    network = engine.prepare(timm.create_model(name), images[:batch_size])
+    batch_size, steps = work.batch_size, work.steps
+    network = engine.prepare(timm.create_model(work.name), images[:batch_size])
     optimizer = build_optimizer(network.module, OptimizerConfig())
     masks = Masks.ones(network.module)
     state = TrainState(
@@ -82,17 +120,18 @@ def _through_fit(
     )
     display = Display(shown=False)
     instruments = Instruments(
-        Checkpoints(folder, engine, keep=1),
-        Recorder(folder),
+        Checkpoints(Folder("memory://bench"), engine, keep=1),
+        recorder,
         display,
         Signals(world_size=1, is_main=True, save_minutes=1e9),
         held_out=(
             "test",
             MemoryEvaluationSet(images, labels, batch_size=batch_size, rank=0, world_size=1),
         ),
+        identity=_IDENTITY,
     )
 
-    def work() -> None:
+    def train() -> None:
         plan = Plan(
             stop=state.step + steps,
             schedule=constant(0.1),
@@ -103,21 +142,17 @@ def _through_fit(
         display.begin("bench", density=1.0, step=state.step, start=state.step, stop=plan.stop)
         fit(state, plan, engine=engine, instruments=instruments)
 
-    return work
+    return train
 
 
 def _bare_loop(
-    engine: Engine,
-    name: str,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    batch_size: int,
-    steps: int,
-    precision: Precision,
+    engine: Engine, work: _Work, images: torch.Tensor, labels: torch.Tensor, *, compiled: bool
 ) -> Callable[[], object]:
-    device = engine.device
+    device, batch_size = engine.device, work.batch_size
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model = timm.create_model(name).to(device).to(memory_format=layout)
+    model = timm.create_model(work.name).to(device).to(memory_format=layout)
+    if compiled:
+        model.compile()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     batches = [
         (
@@ -127,13 +162,13 @@ def _bare_loop(
         for start in (0, batch_size)
     ]
 
-    def work() -> None:
-        for step in range(steps):
+    def train() -> None:
+        for step in range(work.steps):
             inputs, targets = batches[step % 2]
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=work.precision == "bf16"):
                 loss = F.cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
 
-    return work
+    return train

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from launch.bench.measure import interleaved, median_ratio, report
 from launch.bench.networks import Size, scores_of
+from launch.bench.peers.sorting import sort_mask
 from pruning.choosing import choose
 from pruning.multiprize import score, scored_layers
 
@@ -32,7 +33,7 @@ def bench_scores(*, as_json: bool) -> None:
     ours, theirs = _Ours(scores, drawn), _Biprop(scores, drawn)
     works = (
         lambda: choose(scores, _DENSITY),
-        lambda: [_sorted(value, _DENSITY) for value in scores.values()],
+        lambda: [sort_mask(value, _DENSITY) for value in scores.values()],
         ours.step,
         theirs.step,
     )
@@ -93,18 +94,10 @@ class _Biprop:
         for scores, weight, gradient in zip(self.scores, self.weights, self.upstream, strict=True):
             scores.grad = None
             with torch.no_grad():
-                mask = _sorted(scores.abs(), _DENSITY)
+                mask = sort_mask(scores.abs(), _DENSITY)
                 used = weight.sign() * mask * ((weight.abs() * mask).sum() / mask.sum())
             scores.grad = gradient * weight * scores.sign()
             self.used.append(used)
-
-
-def _sorted(scores: Tensor, density: float) -> Tensor:
-    """Zeros and ones of the shape of `scores`."""
-    order = scores.detach().flatten().sort().indices
-    mask = torch.zeros_like(scores).flatten()
-    mask[order[int((1 - density) * scores.numel()) :]] = 1
-    return mask.view_as(scores)
 
 
 def _num_differing(ours: _Ours, theirs: _Biprop) -> int:

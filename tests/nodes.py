@@ -1,0 +1,79 @@
+"""Two nodes on one machine, as the tests of clusters use them."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.bench import nodes as two
+from launch.bench.nodes import ip, why_no_nodes
+
+_PORT = 29400
+
+needs_nodes = pytest.mark.skipif(why_no_nodes() is not None, reason=str(why_no_nodes()))
+
+
+class Nodes(two.Nodes):
+    """Nodes that run `tombola launch`, and a link that can be cut."""
+
+    def launch(
+        self, index: int, *words: str, nodes: str = "2", **environment: str
+    ) -> subprocess.Popen[str]:
+        """Starts `tombola launch` on a node, one rank on each."""
+        return self.start(
+            index,
+            *(sys.executable, "-m", "launch", "launch", "--nnodes", nodes),
+            *("--nproc-per-node", "1", "--rdzv-endpoint", f"{self.address(0)}:{_PORT}"),
+            *words,
+            **environment,
+        )
+
+    def ranks(self, index: int) -> list[int]:
+        """The processes of the ranks on a node: the children of its agent."""
+        found = []
+        for pid in self.pids(index):
+            try:
+                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):  # it has ended
+                continue
+            if any(entry.startswith(b"LOCAL_RANK=") for entry in environ):
+                found.append(pid)
+        return found
+
+    def num_sent(self, index: int) -> int:
+        """The bytes that a node has sent over the link."""
+        told = subprocess.run(
+            ["ip", "-n", self.names[index], "-s", "-j", "link", "show", "v0"],
+            capture_output=True,
+            check=True,
+        )
+        return int(json.loads(told.stdout)[0]["stats64"]["tx"]["bytes"])
+
+    def cut(self) -> None:
+        """Takes the link away; the nodes hear nothing any more, not even that it is gone."""
+        ip("-n", self.names[1], "link", "set", "v0", "down")
+
+    def heal(self) -> None:
+        """Brings the link back."""
+        ip("-n", self.names[1], "link", "set", "v0", "up")
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = 120, what: str = "") -> float:
+    """Waits for a condition; the seconds that it took. Fails after `seconds`."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > seconds:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """Two nodes for one test."""
+    with Nodes(tmp_path) as made:
+        yield made
