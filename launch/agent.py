@@ -23,6 +23,8 @@ from data.errors import RunError, UserError, did_you_mean
 from launch.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from launch.rendezvous import PORT, bounded_silence, set_up_rendezvous
 
+RESUMING = ("run", "sweep")
+"""the commands that go on with what they have done, on one rank or many"""
 _PR_SET_PDEATHSIG = 1
 """of Linux: which signal a process gets when its parent ends"""
 _FOLDER = "TOMBOLA_LAUNCH"
@@ -42,7 +44,7 @@ def launch(words: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(list(words))
     command = [options.training_script, *options.training_script_args]
-    if command[0] not in ("run", "sweep") and command[:2] != ["bench", "allreduce"]:
+    if command[0] not in RESUMING and command[:2] != ["bench", "allreduce"]:
         raise UserError(
             f"tombola launch ... {command[0]}: only `run CONFIG`, `sweep CONFIG` and `bench "
             "allreduce` are done by many ranks; give the options of launch before it (see tombola "

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import metadata
 from textwrap import fill
-from typing import Annotated, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import tyro
 from tyro.conf import Positional, subcommand
 
 from data.errors import UserError
-from launch.agent import die_with_agent, tell_agent
+from launch.agent import RESUMING, die_with_agent, tell_agent
 from launch.data_commands import Data
 from launch.export_commands import Export, ImportTicket
 from launch.failures import EXIT_FAILED, fail
@@ -174,8 +174,10 @@ Command = (
 )
 
 
-RESUMING = ("run", "sweep")
-"""the commands that go on with what they have done, on one rank or many"""
+_CONFIGURED = (*RESUMING, "submit")
+"""the commands with a CONFIG, whose options override it"""
+_HOW: dict[str, Any] = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
+"""the command line is parsed"""
 
 
 def main() -> None:
@@ -219,15 +221,14 @@ def _dispatch(words: list[str]) -> int:
     if words[0] == "run" and {"-h", "--help"} & set(words):
         _print_run_help()
         return 0
-    how = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
     try:
-        if words[0] in (*RESUMING, "submit"):
-            command, overrides = parse(Command, words, return_unknown_args=True, **how)
+        if words[0] in _CONFIGURED:
+            command, overrides = parse(Command, words, return_unknown_args=True, **_HOW)
             command(overrides)
         else:
-            return parse(Command, words, **how)() or 0
+            return parse(Command, words, **_HOW)() or 0
     except ParseError as error:
-        options_follow = words[0] in (*RESUMING, "submit") and words[1:]
+        options_follow = words[0] in _CONFIGURED and words[1:]
         advice = "; give CONFIG before its options" if options_follow else ""
         raise UserError(f"{error}{advice} (see tombola --help)") from None
     return 0
@@ -238,10 +239,9 @@ def print_completion(shell: str) -> None:
     commands = [
         Annotated[_with_sections(one.__origin__), *one.__metadata__] for one in get_args(Command)
     ]
-    how = {"prog": "tombola", "config": (tyro.conf.OmitSubcommandPrefixes,)}
     script = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
-        tyro.cli(Union[tuple(commands)], args=["--tyro-print-completion", shell], **how)  # type: ignore[call-overload]  # noqa: UP007
+        tyro.cli(Union[tuple(commands)], args=["--tyro-print-completion", shell], **_HOW)  # type: ignore[call-overload]  # noqa: UP007
     for line in script.getvalue().splitlines():
         if line.startswith("COMPLETION_SPEC"):  # a shell takes each line of a text for an option
             line = line.replace("\\n", " ")

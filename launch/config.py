@@ -25,7 +25,8 @@ from train.settings import Settings
 
 C = TypeVar("C")
 COMMAND_LINE = "command line"
-_FILE_ONLY = ("name", "seed")  # of the run, not of a stage
+OF_A_RUN = ("name", "seed")
+"""the settings that tell runs apart, and that no stage has for itself"""
 _TAKEN = ("tickets", "manifests", "tensorboard")  # folders of a run beside those of its stages
 
 
@@ -213,7 +214,7 @@ def _read_stage(name: str, given: list[Given], shared: list[Given], path: str) -
             f"(recipes: {', '.join(RECIPES)})"
         )
     kind = RECIPES[recipe].config
-    shared_keys = [key for key in known_keys(Settings) if key not in _FILE_ONLY]
+    shared_keys = [key for key in known_keys(Settings) if key not in OF_A_RUN]
     own_keys = known_keys(kind)
     options = [g for g in given if g.origin == COMMAND_LINE or g.key not in ("name", "recipe")]
     _check_keys(options, [*own_keys, *shared_keys, "name", "recipe"], f"stages.{name}.")

@@ -12,7 +12,14 @@ from typing import Any
 from data.errors import UserError
 from data.files import Folder
 from launch.claim import MAY_CHANGE, require_same
-from launch.config import COMMAND_LINE, RunConfig, known_keys, read_command_line, read_config
+from launch.config import (
+    COMMAND_LINE,
+    OF_A_RUN,
+    RunConfig,
+    known_keys,
+    read_command_line,
+    read_config,
+)
 from launch.given import Given
 from launch.recipes import RECIPES
 from launch.sweep import axes_of, cell_name, runs_in, seed_name
@@ -20,7 +27,6 @@ from launch.variants import short
 from train.settings import Settings
 
 _SEEDS = ("seed", "seeds")
-_OF_A_RUN = ("name", "seed")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def read_grid(path: str, overrides: Sequence[str]) -> Grid:
     Raises `UserError` for what none of the runs could be, and as `read_config` does for any.
     """
     axes, seeds, plain = _axes(read_command_line(overrides))
-    names = [short(axis.key, [*(other.key for other in axes), *_OF_A_RUN]) for axis in axes]
+    names = [short(axis.key, [*(other.key for other in axes), *OF_A_RUN]) for axis in axes]
     runs: dict[str, RunConfig] = {}
     known: dict[str, dict[str, Any]] = {}
     for values in product(*(axis.values for axis in axes)):
@@ -176,12 +182,17 @@ def runs_below(folder: Folder) -> dict[str, Folder]:
     return runs_in(folder, [key.rpartition(".")[2] for key in keys])
 
 
+def runs_at(folder: Folder) -> dict[str, Folder]:
+    """The runs of a folder by their places in it: itself at the empty place, or those of a grid."""
+    return {"": folder} if folder.exists("config.toml") else runs_below(folder)
+
+
 def require_room(grid: Grid, folder: Folder) -> None:
     """Raises `UserError` where runs are in the folder which these would not be compared with.
 
     All of a folder have the same axes, and are of one configuration but for the settings on them.
     """
-    there = {"": folder} if folder.exists("config.toml") else runs_below(folder)
+    there = runs_at(folder)
     for place in there:
         if axes_of(place) != grid.axes:
             before, now = (_over(axes) for axes in (axes_of(place), grid.axes))
@@ -189,7 +200,7 @@ def require_room(grid: Grid, folder: Folder) -> None:
     some = next(iter(grid.runs.values()))
     for place, run in there.items():
         ours = grid.runs.get(place)
-        require_same(run, ours or some, apart=frozenset() if ours else grid.keys.union(_OF_A_RUN))
+        require_same(run, ours or some, apart=frozenset() if ours else grid.keys.union(OF_A_RUN))
 
 
 def _over(axes: Sequence[str]) -> str:

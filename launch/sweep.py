@@ -48,6 +48,11 @@ def seed_name(seed: int) -> str:
     return f"{_SEED}-{seed}"
 
 
+def is_seed_name(name: str) -> bool:
+    """Whether it is the name of one run among those of several seeds."""
+    return re.fullmatch(rf"{_SEED}-\d+", name) is not None
+
+
 def cell_name(axes: Sequence[str], values: Sequence[str]) -> str:
     """The name of what has these values: `rewind-500it__lr-0.1`. No two have the same."""
     most = max(12, _LONGEST // max(1, len(axes)) - max(map(len, axes), default=0) - len(_BETWEEN))

@@ -5,19 +5,17 @@ change nothing in what is computed do not tell variants apart, and neither does 
 one of two runs has.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data.files import Folder
 from launch.claim import MAY_CHANGE, read_run
-from launch.config import RunConfig, flat
+from launch.config import OF_A_RUN, RunConfig, flat
+from launch.sweep import is_seed_name
 
 _MOST_NAMED = 3
 """of the settings that tell variants apart; where there are more, the places of their runs do"""
-_OF_A_RUN = ("name", "seed")
-_SEED = re.compile(r"seed-\d+")
 _MISSING = object()
 
 
@@ -63,7 +61,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in settings.items()
-        if key not in _OF_A_RUN and not key.startswith(MAY_CHANGE)
+        if key not in OF_A_RUN and not key.startswith(MAY_CHANGE)
     }
 
 
@@ -107,7 +105,7 @@ def _place(variant: Variant) -> str:
 def shortest(paths: Sequence[str]) -> list[str]:
     """As much of the ends of paths as tells them apart; of a seed's run also the run's name."""
     parts = [path.split("/") for path in paths]
-    enough = [2 if _SEED.fullmatch(path[-1]) else 1 for path in parts]
+    enough = [2 if is_seed_name(path[-1]) else 1 for path in parts]
     names = list(paths)
     for more in range(max(map(len, parts), default=0)):
         names = ["/".join(p[-(e + more) :]) for p, e in zip(parts, enough, strict=True)]

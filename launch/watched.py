@@ -13,7 +13,7 @@ from launch.parts import promises
 from launch.tailing import Tail
 from pruning.store import TicketFolder
 from pruning.tickets import Ticket
-from train.metrics import is_journal
+from train.metrics import is_journal, journal_part
 
 _SILENT = 300.0
 """seconds without a line that are long, however often there should be one"""
@@ -166,7 +166,7 @@ class Watched:
         seconds = _seconds_of_step(train, rate, self._num_images.get(str(place[0])))
         age = self._age(tail.name)
         return Now(
-            part=tail.name.removeprefix("metrics").removesuffix(".jsonl").removeprefix("-"),
+            part=journal_part(tail.name),
             stage=str(place[0]),
             level=str(place[1]),
             step=step,

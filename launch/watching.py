@@ -13,11 +13,12 @@ from rich.text import Text
 
 from data.errors import StoreError
 from data.files import Folder
-from launch.grid import runs_below
+from launch.grid import runs_at
 from launch.levels import compared
 from launch.places import candidates
 from launch.tables import level_table, plain_table
 from launch.watched import Now, State, Watched
+from train.progress import duration
 
 _WIDE = 160
 
@@ -57,9 +58,7 @@ class _View:
     def look(self) -> list[State]:
         """The runs that are there by now, and what is known of each."""
         for folder in self._candidates:
-            alone = folder.exists("config.toml")
-            found = {"": folder} if alone else runs_below(folder)
-            if found:
+            if found := runs_at(folder):
                 watched = [self._watched.setdefault(p, Watched(f)) for p, f in found.items()]
                 return [one.look() for one in watched]
         return []
@@ -149,7 +148,7 @@ def _several(states: Sequence[State], place: str) -> Table:
                 _steps(now),
                 _number(now.loss, ".4f"),
                 _number(next(reversed(now.accuracies.values()), None), ".4f"),
-                _duration(now.eta),
+                _eta(now),
                 _levels(state),
                 "done" if state.is_done else _ago(now),
             )
@@ -183,7 +182,7 @@ def _facts(now: Now) -> list[str]:
         f"{_number(now.images_per_second, ',.0f')} images/s",
         f"data wait {_number(now.data_wait, '.0%')}",
     ]
-    return [*facts, f"ETA {_duration(now.eta)}"]
+    return [*facts, f"ETA {_eta(now)}"]
 
 
 def _steps(now: Now) -> str:
@@ -209,11 +208,8 @@ def _ago(now: Now) -> str:
     return f"{told}, long silent" if now.is_silent else told
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+def _eta(now: Now) -> str:
+    return "-" if now.eta is None else duration(now.eta)
 
 
 def _number(value: Any, form: str) -> str:

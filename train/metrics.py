@@ -147,6 +147,11 @@ def is_journal(name: str) -> bool:
     return re.fullmatch(r"metrics(-.+)?\.jsonl", name) is not None
 
 
+def journal_part(name: str) -> str:
+    """The part of a run whose process wrote a file of facts; empty of one that does all of it."""
+    return name.removeprefix("metrics").removesuffix(".jsonl").removeprefix("-")
+
+
 def others_records(folder: Folder, part: str) -> list[dict[str, Any]]:
     """What other processes than that of `part` have recorded of a run by now."""
     names = [name for name in folder.names() if is_journal(name) and name != journal_name(part)]

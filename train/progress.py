@@ -122,5 +122,10 @@ class Display:
         if not self._timed_steps:
             return "-"
         left = max(0, self._planned - self._done) * self._seconds / self._timed_steps
-        hours, rest = divmod(round(left), 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        return duration(left)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: `1:02:03`."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
