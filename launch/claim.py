@@ -102,9 +102,9 @@ def attempts(folder: Folder) -> list[dict[str, Any]]:
     return sorted(found, key=lambda attempt: str(attempt.get("started")))
 
 
-def num_devices(folder: Folder) -> int:
-    """On how many GPUs, or processes without one, a run was trained in its last attempt."""
-    return (ranks_before(attempts(folder)) or [1])[-1]
+def num_devices(known: list[dict[str, Any]]) -> int:
+    """On how many GPUs, or processes without one, the last of these attempts trained a run."""
+    return (ranks_before(known) or [1])[-1]
 
 
 def _tells_attempts(name: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from data.files import Folder
-from launch.claim import num_devices, stage_names
+from launch.claim import attempts, num_devices, stage_names
 from launch.comparison import Row, Run, comparison
 from launch.grid import runs_below
 from launch.levels import compared, gathered
@@ -69,7 +69,7 @@ def compare_runs(folders: Sequence[Folder]) -> list[Row]:
     stages = list(dict.fromkeys(name for folder in folders for name in stage_names(folder)))
     return comparison(
         [
-            Run(gathered(folder, stages)[0], variant.label, num_devices(folder))
+            Run(gathered(folder, stages)[0], variant.label, num_devices(attempts(folder)))
             for variant in variants(folders)
             for folder in variant.runs
         ]

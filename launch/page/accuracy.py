@@ -98,8 +98,10 @@ def growth_figure(runs: Sequence[Results]) -> Figure | None:
 def _lines(runs: Sequence[Results], *, grown: bool) -> _Lines:
     lines: _Lines = defaultdict(lambda: defaultdict(list))
     for run in runs:
+        stages = {ticket.stage for ticket in run.shown}
+        here = {stage for stage in stages if grew(run.shown, stage) == grown}
         for ticket in run.shown:
-            if grew(run.shown, ticket.stage) == grown:
+            if ticket.stage in here:
                 key = _Line(run.variant, ticket.stage, ticket.method, ticket.control, grown)
                 lines[key][ticket.level].append(_Point(run, ticket))
     return lines

@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle, islice
 from typing import Any, TypeVar
 
@@ -56,7 +57,7 @@ class Figure:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
-    @property
+    @cached_property
     def csv(self) -> str:
         """The numbers as a file."""
         return as_csv(self.columns, self.rows)

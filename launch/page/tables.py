@@ -11,7 +11,6 @@ from launch.comparison import Row
 from launch.page.figure import Cell, as_csv
 from launch.page.lineage import Lineage
 from launch.page.results import Results
-from launch.page.training import device_hours
 from launch.variants import Variant, differing
 from pruning.cost import Cost
 
@@ -31,8 +30,6 @@ class RunLine:
     """A run among the others."""
 
     run: Results
-    hours: float
-    """device-hours of training that its journals tell of"""
     num_finished: int
     """tickets"""
     last_attempt: str
@@ -50,7 +47,6 @@ def run_lines(runs: Sequence[Results]) -> list[RunLine]:
         found.append(
             RunLine(
                 run,
-                hours=device_hours(run),
                 num_finished=len(run.tickets),
                 last_attempt=_minute(last),
                 hardware=_hardware(last),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from launch.page.figure import COLOURS, DASHES, Cell, Figure, Trace, View, pick, thinned
 from launch.page.results import Results
@@ -10,7 +10,6 @@ from launch.page.results import Results
 _MOST_POINTS = 300
 """of a curve; what the journals have beyond them is not drawn"""
 _THINNED = f"Of a curve at most {_MOST_POINTS} points are shown; metrics.jsonl has all."
-_TWO_ROWS = {"grid": {"rows": 2, "columns": 1, "roworder": "top to bottom"}}
 _HEIGHT = 560
 _LEVEL = re.compile(r"level-\d+")
 _SCALE = (
@@ -40,13 +39,8 @@ def curves_figure(runs: Sequence[Results]) -> Figure | None:
             if not curves:
                 continue
             name = f"{run.name}/{stage}" if len(runs) > 1 else stage
-            layout = {
-                **_TWO_ROWS,
-                "xaxis": {"matches": "x2", "showticklabels": False},
-                "yaxis": {"title": {"text": "training loss"}, "type": "log", "tickformat": "~g"},
-                "xaxis2": {"title": {"text": "step"}, "anchor": "y2"},
-                "yaxis2": {"title": {"text": "accuracy"}, "anchor": "x2"},
-            }
+            loss = {"title": {"text": "training loss"}, "type": "log", "tickformat": "~g"}
+            layout = _two_rows(loss, {"title": {"text": "accuracy"}}, along="step")
             views.append(View(name, _levels(curves), layout, _HEIGHT))
             rows += [
                 [run.name, stage, level, what, step, value]
@@ -130,9 +124,12 @@ def _between(share: float) -> str:
 def throughput_figure(runs: Sequence[Results]) -> Figure | None:
     """Images per second over the time of training, and the share of it spent waiting."""
     rates, waits, rows = list[Trace](), list[Trace](), list[list[Cell]]()
-    journals = [(run, *journal) for run in runs for journal in run.journals.items()]
-    read = [(run, file, _rates(records, run)) for run, file, records in journals]
-    found = [(run, file, thinned(points, _MOST_POINTS)) for run, file, points in read if points]
+    found = [
+        (run, file, thinned(points, _MOST_POINTS))
+        for run in runs
+        for file, points in run.rates.items()
+        if points
+    ]
     if not found:
         return None
     unit, scale = _unit(max(points[-1].hours for _, _, points in found))
@@ -145,13 +142,11 @@ def throughput_figure(runs: Sequence[Results]) -> Figure | None:
         below = {"xaxis": "x2", "yaxis": "y2", "showlegend": False, "hovertemplate": _WAIT}
         waits.append({**shared, **below, "y": [point.wait for point in points]})
         rows += [[run.name, file, *point] for point in points]
-    layout = {
-        **_TWO_ROWS,
-        "xaxis": {"matches": "x2", "showticklabels": False},
-        "yaxis": {"title": {"text": "images/s"}, "rangemode": "tozero"},
-        "xaxis2": {"title": {"text": f"{unit} of training"}, "anchor": "y2"},
-        "yaxis2": {"title": {"text": "waiting for data"}, "anchor": "x2", "tickformat": ".1%"},
-    }
+    layout = _two_rows(
+        {"title": {"text": "images/s"}, "rangemode": "tozero"},
+        {"title": {"text": "waiting for data"}, "tickformat": ".1%"},
+        along=f"{unit} of training",
+    )
     return Figure(
         id="throughput",
         title="Throughput",
@@ -165,42 +160,19 @@ def throughput_figure(runs: Sequence[Results]) -> Figure | None:
     )
 
 
+def _two_rows(above: dict[str, Any], below: dict[str, Any], *, along: str) -> dict[str, Any]:
+    """The layout of two pictures, given by their vertical axes, along one horizontal axis."""
+    return {
+        "grid": {"rows": 2, "columns": 1, "roworder": "top to bottom"},
+        "xaxis": {"matches": "x2", "showticklabels": False},
+        "yaxis": above,
+        "xaxis2": {"title": {"text": along}, "anchor": "y2"},
+        "yaxis2": {**below, "anchor": "x2"},
+    }
+
+
 def _unit(hours: float) -> tuple[str, float]:
     """The unit in which a time is a readable number, and how many of it are an hour."""
     if hours >= 1:
         return "hours", 1.0
     return ("minutes", 60.0) if hours >= 1 / 60 else ("seconds", 3600.0)
-
-
-class _Rate(NamedTuple):
-    """The throughput at a record of the loss."""
-
-    hours: float
-    """of training before it"""
-    rate: float
-    """images/s"""
-    wait: float
-    """share of the time"""
-
-
-def _rates(records: Iterable[Record], run: Results) -> list[_Rate]:
-    """The throughput at each record of the loss, in their order."""
-    points, hours, last = list[_Rate](), 0.0, ("", "", 0)
-    for record in records:
-        timing = record.get("timing") or {}
-        rate = timing.get("images_per_second")
-        if record.get("event") != "train" or not rate:
-            continue
-        step = int(record["step"])
-        place = (str(record.get("stage")), str(record.get("level")), step)
-        steps = step - last[2] if place[:2] == last[:2] and step > last[2] else run.log_every
-        hours += steps * run.batch_size / rate / 3600
-        points.append(_Rate(hours, float(rate), float(timing.get("data_wait", 0.0))))
-        last = place
-    return points
-
-
-def device_hours(run: Results) -> float:
-    """Hours of training that a run's journals tell of, of all devices together."""
-    ends = [_rates(records, run)[-1:] for records in run.journals.values()]
-    return run.num_devices * sum(points[0].hours for points in ends if points)

@@ -52,19 +52,20 @@ class Report:
             [Run(run.tickets, run.variant, run.num_devices) for run in self._runs]
         )
         self._lineages = lineages(self._runs)
+        self._sheets = {
+            "methods": methods_csv(self._comparison),
+            "tickets": tickets_csv(self._lineages),
+        }
 
     def tables(self) -> dict[str, str]:
         """The numbers of each figure and table as CSV, by the name of its file."""
-        found = {figure.id: figure.csv for figure in self._figures}
-        found["methods"] = methods_csv(self._comparison)
-        found["tickets"] = tickets_csv(self._lineages)
+        found = {figure.id: figure.csv for figure in self._figures} | self._sheets
         return {f"{name}.csv": text for name, text in found.items()}
 
     def html(self) -> str:
         """The page."""
         documents: dict[str, Any] = {figure.id: figure.spec() for figure in self._figures}
-        documents["methods-table"] = {"csv": methods_csv(self._comparison)}
-        documents["tickets-table"] = {"csv": tickets_csv(self._lineages)}
+        documents |= {f"{name}-table": {"csv": text} for name, text in self._sheets.items()}
         return _template().render(
             title=self._title,
             version=metadata.version("tombola"),
