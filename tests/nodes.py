@@ -3,8 +3,7 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,16 +59,6 @@ class Nodes(two.Nodes):
     def heal(self) -> None:
         """Brings the link back."""
         ip("-n", self.names[1], "link", "set", "v0", "up")
-
-
-def wait_until(condition: Callable[[], object], *, seconds: float = 120, what: str = "") -> float:
-    """Waits for a condition; the seconds that it took. Fails after `seconds`."""
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            pytest.fail(f"not within {seconds:g} s: {what}")
-        time.sleep(0.05)
-    return time.monotonic() - began
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 The processes come from a fork server that has imported torch and the project once.
 """
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -11,11 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT = 280
+from waiting import PATIENCE
+
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(10_000 + 1000 * _WORKER, 11_000 + 1000 * _WORKER))
+"""of this process of pytest, below those that the kernel gives away"""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["launch.run", "launch.cli", "sklearn.datasets", "matplotlib.figure"]
 )
+
+
+def free_port() -> int:
+    """A port on which a server can listen.
+
+    Not one that the kernel chooses: between its choice and its use it would give it to others.
+    """
+    for port in _PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("all ports are taken")
 
 
 def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> list[int]:
@@ -23,16 +40,14 @@ def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> 
 
     When a rank fails, the others get five seconds to notice, and are ended then.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         _CONTEXT.Process(target=_as_rank, args=(rank, world_size, port, target, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    limit = _TIMEOUT
+    limit = PATIENCE
     for _ in processes:
         for process in processes:
             process.join(limit / world_size)

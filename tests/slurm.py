@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from nodes import Nodes, wait_until, why_no_nodes
+from nodes import Nodes, why_no_nodes
+from waiting import PATIENCE, seconds_until, wait_for
 
 _TOOLS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 _LOW = "PriorityTier=1 PreemptMode=REQUEUE GraceTime=20"
@@ -89,11 +90,11 @@ class Slurm:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_until((self.state / "munge.sock").exists, seconds=20, what="munge")
+        wait_for((self.state / "munge.sock").exists, what="munge")
         self.nodes.start(0, "slurmctld", "-D", "-c", **self.environment)
         for index in range(2):
             self.start_node(index)
-        wait_until(self._is_ready, seconds=60, what="both nodes idle")
+        wait_for(self._is_ready, what="both nodes idle")
         return self
 
     def __exit__(
@@ -106,7 +107,7 @@ class Slurm:
         for index in range(2):
             self.nodes.kill(index)
         self._munged.terminate()
-        self._munged.wait(10)
+        self._munged.wait(PATIENCE)
         shutil.rmtree(self.state, ignore_errors=True)
 
     @property
@@ -127,7 +128,7 @@ class Slurm:
         inside = ["nsenter", f"--net=/run/netns/{self.nodes.names[0]}"]
         environment = os.environ | self.environment | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [*inside, *words], env=environment, capture_output=True, text=True, timeout=60
+            [*inside, *words], env=environment, capture_output=True, text=True, timeout=PATIENCE
         )
 
     def state_of(self, job: str) -> str:
@@ -135,7 +136,7 @@ class Slurm:
         told = self.run("scontrol", "show", "job", job)
         return " ".join(sorted(set(re.findall(r"JobState=(\w+)", told))))
 
-    def await_state(self, job: str, state: str, *, seconds: float = 200) -> float:
+    def await_state(self, job: str, state: str) -> float:
         """Waits until a job is in a state; the seconds that it took."""
 
         def is_there() -> bool:
@@ -145,7 +146,7 @@ class Slurm:
                 self._done("scontrol", "update", f"JobId={job}", "StartTime=now")
             return now == state
 
-        return wait_until(is_there, seconds=seconds, what=f"job {job} {state}")
+        return seconds_until(is_there, what=f"job {job} {state}")
 
     def _is_ready(self) -> bool:
         return self.run("sinfo", "-h", "-N", "-o", "%N %t", "-p", "low").count("idle") == 2

@@ -82,7 +82,7 @@ def test_ties_are_kept_from_the_front(scope: Scope) -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), percent=st.integers(1, 100))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_mask_has_exactly_the_count_that_was_asked_for(sizes: list[int], percent: int) -> None:
     """Nearest to the exact product, halves up, also where all scores are equal."""
     total = sum(sizes)
@@ -209,7 +209,7 @@ def test_a_round_prunes_exactly_the_ceiling(fraction: float, size: int, pruned: 
 
 
 @given(size=st.integers(1, 120), fraction=st.sampled_from(FRACTIONS), seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_round_never_prunes_one_more(size: int, fraction: str, seed: int) -> None:
     """The smallest count that is no less than the fraction; survivors stay nested."""
     scores = {"w": torch.randint(0, 5, (size,), generator=torch.Generator().manual_seed(seed))}

@@ -28,6 +28,7 @@ from jpegs import (
     write_shards,
     write_tree,
 )
+from waiting import PATIENCE
 
 from data.config import DataConfig
 from data.encoded import EncodedImages
@@ -677,7 +678,7 @@ def test_files_that_are_no_images_do_not_kill_the_process(tree: Path, tmp_path: 
     kinds = ["text", "gif", "only a header", "empty", "cut off"]
     script = NASTY.format(paths=[str(here.parent), str(here)], root=str(root), kinds=kinds)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-2000:]
     expected = [f"refused {kind}" for kind in kinds for _ in range(4)]

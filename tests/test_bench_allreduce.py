@@ -63,7 +63,6 @@ def test_without_two_nodes_it_says_what_to_do(
 
 @pytest.mark.cluster
 @needs_nodes
-@pytest.mark.timeout(280)
 def test_two_nodes_are_made_and_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nodes import Nodes, needs_nodes, nodes, wait_until
+from nodes import Nodes, needs_nodes, nodes
 from processes import tombola
 from tiny import TOML, assert_same_run, final_states, write_config
+from waiting import PATIENCE, seconds_until, wait_for
 
-pytestmark = [pytest.mark.cluster, needs_nodes, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.cluster, needs_nodes]
 __all__ = ["nodes"]
 
 LONGER = TOML.replace("rounds = 2", "rounds = 0").replace('total = "3ep"', 'total = "40ep"')
@@ -36,7 +37,7 @@ def resumed(text: str) -> list[int]:
 
 def some_checkpoints(root: Path) -> int:
     """Waits for two whole checkpoints; the step of the newest."""
-    wait_until(lambda: len(committed(root)) > 1, what="two checkpoints")
+    wait_for(lambda: len(committed(root)) > 1, what="two checkpoints")
     return committed(root)[-1]
 
 
@@ -48,7 +49,7 @@ def test_two_nodes_find_the_tickets_of_one_node_with_two_ranks(
     run = ["run", config, "--root"]
     assert tombola(*run, str(tmp_path / "one"), world_size=2) == [0, 0]
     agents = [nodes.launch(index, *run, str(tmp_path / "two")) for index in range(2)]
-    assert [agent.wait(200) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
+    assert [agent.wait(PATIENCE) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
     assert_same_run(tmp_path / "two" / "tiny", tmp_path / "one" / "tiny")
     assert not nodes.output(1), "only rank 0 speaks of what goes well"
     where = "2 ranks on 2 hosts: node0 (1), node1 (1); global batch 96, at most 48 a rank"
@@ -68,7 +69,7 @@ def test_packed_gradients_over_a_slow_link_change_no_bit(nodes: Nodes, tmp_path:
         before = nodes.num_sent(1)
         words = ["run", config, "--root", str(tmp_path), "--name", share]
         agents = [nodes.launch(index, *words, "--train.pack-below", share) for index in range(2)]
-        assert [agent.wait(240) for agent in agents] == [0, 0], nodes.output(0)
+        assert [agent.wait(PATIENCE) for agent in agents] == [0, 0], nodes.output(0)
         states.append(final_states(tmp_path / share))
         sent.append(nodes.num_sent(1) - before)
     assert states[0].keys() == states[1].keys()
@@ -90,10 +91,10 @@ def test_a_killed_rank_is_started_again(nodes: Nodes, tmp_path: Path) -> None:
     agents = [nodes.launch(index, *run, str(tmp_path)) for index in range(2)]
     saved = some_checkpoints(tmp_path)
     os.kill(nodes.ranks(1)[0], signal.SIGKILL)
-    seconds = wait_until(lambda: resumed(nodes.output(0)), what="a resume")
+    seconds = seconds_until(lambda: resumed(nodes.output(0)), what="a resume")
     print(f"a rank killed: training went on after {seconds:.1f} s")
     assert resumed(nodes.output(0))[0] >= saved
-    assert [agent.wait(200) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
+    assert [agent.wait(PATIENCE) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
     told = nodes.output(0) + nodes.output(1)
     assert told.count("was killed by SIGKILL") == 1
     assert told.count("another rank is gone") <= 1  # none where its agent ended it before
@@ -117,19 +118,19 @@ def test_a_lost_node_is_gone_without_and_taken_back(
     saved = some_checkpoints(tmp_path)
     if lost == "agent":
         second.kill()
-        wait_until(lambda: not nodes.ranks(1), seconds=10, what="the end of its rank")
+        wait_for(lambda: not nodes.ranks(1), what="the end of its rank")
     else:
         nodes.kill(1)
-    seconds = wait_until(lambda: resumed(nodes.output(0)), what="a resume alone")
+    seconds = seconds_until(lambda: resumed(nodes.output(0)), what="a resume alone")
     print(f"{lost} lost: training went on without it after {seconds:.1f} s")
     assert resumed(nodes.output(0))[0] >= saved
     alone = "1 rank, 2 before: global batch, schedule and order of the samples stay; each rank"
     assert f"{alone} accumulates parts of 48 images" in nodes.output(0)
     back = nodes.launch(1, *run, nodes="1:2")
-    seconds = wait_until(lambda: len(resumed(nodes.output(0))) > 1, what="a resume of both")
+    seconds = seconds_until(lambda: len(resumed(nodes.output(0))) > 1, what="a resume of both")
     print(f"{lost} back: training went on with it {seconds:.1f} s after its start")
     first.terminate()
-    assert [agent.wait(60) for agent in (first, back)] == [75, 75], nodes.output(0)
+    assert [agent.wait(PATIENCE) for agent in (first, back)] == [75, 75], nodes.output(0)
 
 
 def test_a_link_that_is_cut_for_a_moment_is_not_noticed(nodes: Nodes, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_link_that_is_cut_for_a_moment_is_not_noticed(nodes: Nodes, tmp_path: 
     nodes.cut()
     time.sleep(3)
     nodes.heal()
-    assert [agent.wait(200) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
+    assert [agent.wait(PATIENCE) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
     assert not resumed(nodes.output(0))
 
 
@@ -153,7 +154,9 @@ def test_a_link_that_stays_cut_ends_the_run_within_its_timeout(
     agents = [nodes.launch(index, *run) for index in range(2)]
     saved = some_checkpoints(tmp_path)
     nodes.cut()
-    seconds = wait_until(lambda: all(a.poll() is not None for a in agents), seconds=150)
+    seconds = seconds_until(
+        lambda: all(a.poll() is not None for a in agents), what="the end of both", seconds=300
+    )
     print(f"a link cut for good, timeouts of 10 to 20 s: both nodes ended after {seconds:.1f} s")
     told = nodes.output(0) + nodes.output(1)
     assert [agent.returncode for agent in agents] == [1, 1], told
@@ -161,7 +164,7 @@ def test_a_link_that_stays_cut_ends_the_run_within_its_timeout(
     assert "Traceback" not in told, told
     nodes.heal()
     agents = [nodes.launch(index, *run) for index in range(2)]
-    assert [agent.wait(200) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
+    assert [agent.wait(PATIENCE) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
     assert resumed(nodes.output(0))[0] >= saved
 
 
@@ -172,11 +175,11 @@ def test_a_link_that_stays_cut_leaves_one_node_to_go_on(nodes: Nodes, tmp_path: 
     agents = [nodes.launch(index, *run, nodes="1:2") for index in range(2)]
     saved = some_checkpoints(tmp_path)
     nodes.cut()
-    seconds = wait_until(lambda: resumed(nodes.output(0)), what="a resume alone")
+    seconds = seconds_until(lambda: resumed(nodes.output(0)), what="a resume alone")
     print(f"a link cut for good: one node went on after {seconds:.1f} s")
     assert resumed(nodes.output(0))[0] >= saved
-    assert agents[0].wait(200) == 0, nodes.output(0)
-    assert agents[1].wait(200) == 1, nodes.output(1)
+    assert agents[0].wait(PATIENCE) == 0, nodes.output(0)
+    assert agents[1].wait(PATIENCE) == 1, nodes.output(1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -188,12 +191,12 @@ def test_a_signal_to_one_node_stops_both_with_the_state_saved(
     agents = [nodes.launch(index, *run, str(tmp_path)) for index in range(2)]
     some_checkpoints(tmp_path)
     agents[1].send_signal(number)
-    assert [agent.wait(60) for agent in agents] == [75, 75], nodes.output(0) + nodes.output(1)
+    assert [agent.wait(PATIENCE) for agent in agents] == [75, 75], nodes.output(0) + nodes.output(1)
     told = nodes.output(0)
     step = int(re.findall(r"interrupted: saved at step (\d+)", told)[0])
     assert told.count("interrupted:") == 1
     agents = [nodes.launch(index, *run, str(tmp_path)) for index in range(2)]
-    assert [agent.wait(200) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
+    assert [agent.wait(PATIENCE) for agent in agents] == [0, 0], nodes.output(0) + nodes.output(1)
     assert resumed(nodes.output(0)) == [step]
     assert tombola(*run, str(tmp_path / "one"), world_size=2) == [0, 0]
     assert_same_run(tmp_path / "tiny", tmp_path / "one" / "tiny")
@@ -205,7 +208,7 @@ def test_the_users_mistake_is_told_once_a_node_and_not_tried_again(
     """Exit code 2 on both nodes."""
     run = ["run", write_config(tmp_path), "--root", str(tmp_path), "--train.totl", "3ep"]
     agents = [nodes.launch(index, *run) for index in range(2)]
-    assert [agent.wait(60) for agent in agents] == [2, 2]
+    assert [agent.wait(PATIENCE) for agent in agents] == [2, 2]
     mistake = "error: command line: unknown key 'train.totl'; did you mean 'train.total'?\n"
     assert nodes.output(0) == mistake
     assert nodes.output(1) == f"[rank 1, node1] {mistake}"

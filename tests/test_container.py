@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from containers import Containers, needs_containers
+from waiting import PATIENCE
 
 from pruning.tickets import Ticket
 
@@ -62,7 +63,7 @@ def test_a_stopped_container_saves_and_another_goes_on(containers: Containers) -
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.1)
     running.terminate()
-    told, _ = running.communicate(timeout=120)
+    told, _ = running.communicate(timeout=PATIENCE)
     assert running.returncode == 75, told
     step = re.findall(r"interrupted: saved at step (\d+)", told)[0]
     again = containers.run(*words)

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
 from processes import tombola
 from tiny import facts, ticket_facts
 
@@ -45,7 +44,6 @@ def trained_on_seeds(config: Path, root: Path) -> list[tuple[str, dict[str, Any]
     return [found for tickets in runs for found in tickets.items()]
 
 
-@pytest.mark.timeout(1200)
 def test_elastic_tickets_beat_random_masks_of_the_same_layer_densities(tmp_path: Path) -> None:
     """ResNet-14 to 20 at 2 to 4 %, over seeds 0, 1 and 2: by 0.003 at least, on the mean.
 
@@ -66,7 +64,6 @@ def test_elastic_tickets_beat_random_masks_of_the_same_layer_densities(tmp_path:
     assert elastic >= random + 0.003
 
 
-@pytest.mark.timeout(1200)
 def test_binary_subnetworks_of_random_weights_reach_the_trained_network(tmp_path: Path) -> None:
     """At 30 %, over seeds 0, 1 and 2, on the mean: MPT-1/32 within 0.01, MPT-1/1 within 0.03.
 
@@ -85,7 +82,6 @@ def test_binary_subnetworks_of_random_weights_reach_the_trained_network(tmp_path
     assert binary >= dense - 0.03
 
 
-@pytest.mark.timeout(1200)
 def test_dual_tickets_beat_the_random_tickets_of_their_masks(tmp_path: Path) -> None:
     """At 2 %, over seeds 0, 1 and 2, on the mean.
 
@@ -103,7 +99,6 @@ def test_dual_tickets_beat_the_random_tickets_of_their_masks(tmp_path: Path) -> 
     assert dual >= random
 
 
-@pytest.mark.timeout(1200)
 def test_a_grown_ticket_comes_near_the_dense_network_and_above_the_reset_one(
     tmp_path: Path,
 ) -> None:

@@ -105,7 +105,7 @@ layers = st.lists(
 
 
 @given(shapes=layers, percent=st.integers(1, 100), name=st.sampled_from(sorted(SHARINGS)))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_the_counts_sum_exactly_to_the_density(
     shapes: list[tuple[int, ...]], percent: int, name: str
 ) -> None:

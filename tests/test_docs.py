@@ -235,7 +235,6 @@ def test_links_are_well_formed() -> None:
             assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./~%#?=&+@:-]*)?", url), (page, url)
 
 
-@pytest.mark.timeout(600)
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Pages, links between them and to headings, and the API from all docstrings."""
     words = ["-q", "-W", "--keep-going", "-j", "auto", "-b", "html", "-d", str(tmp_path / "trees")]

@@ -78,7 +78,7 @@ def test_a_duration_prints_as_it_was_written(text: str) -> None:
 
 
 @given(amount=st.integers(0, 10**9), unit=st.sampled_from(["ep", "it", "%"]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_printed_duration_reads_back_as_itself(amount: int, unit: str) -> None:
     """No digit is lost, however long the training."""
     duration = Duration(float(amount), unit)
@@ -86,7 +86,7 @@ def test_a_printed_duration_reads_back_as_itself(amount: int, unit: str) -> None
 
 
 @given(steps_per_epoch=st.integers(1, 10**6), tenths=st.integers(0, 10**4))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_epochs_round_to_the_nearest_step(steps_per_epoch: int, tenths: int) -> None:
     """Never more than half a step from the exact product, up to floating-point error."""
     steps = Duration.parse(f"{tenths // 10}.{tenths % 10}ep").steps(steps_per_epoch)

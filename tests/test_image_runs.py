@@ -15,6 +15,7 @@ from jpegs import cuts, damage, write_tree
 from killing import KILLED, killed_run
 from processes import run_ranks, tombola
 from tiny import assert_same_run, facts, write_config
+from waiting import PATIENCE
 
 TOML = """
 name = "tiny"
@@ -149,7 +150,7 @@ def test_a_bad_image_ends_the_run_with_its_name(tree: Path, tmp_path: Path) -> N
 
 
 def test_an_interrupt_ends_a_run_on_images_at_once(tree: Path, tmp_path: Path) -> None:
-    """Ctrl-C: within five seconds, and no process stays behind."""
+    """Ctrl-C: long before its end, and no process stays behind."""
     line = words(tmp_path, tree, "--train.total", "2000ep", "--log.every", "1")
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", *line],
@@ -164,7 +165,7 @@ def test_an_interrupt_ends_a_run_on_images_at_once(tree: Path, tmp_path: Path) -
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=5)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "the same command goes on from what was saved" in said
     assert not [child for child in children if os.path.exists(f"/proc/{child}")]

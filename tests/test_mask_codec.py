@@ -62,7 +62,7 @@ def read_by_the_book(content: bytes, size: int, kept: int, lanes: int) -> list[b
 
 
 @given(data=st.data(), size=st.integers(1, 5000), seed=st.integers(0, 2**32), lanes=LANES)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_mask_comes_back(
     data: st.DataObject, size: int, seed: int, lanes: tuple[int, int]
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_mask_comes_back(
 
 
 @given(bits=st.lists(st.booleans(), max_size=40))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_small_mask_comes_back(bits: list[bool]) -> None:
     """Of forty weights or fewer, down to none."""
     mask = np.array(bits, bool)
@@ -240,7 +240,7 @@ def test_a_state_that_no_writer_leaves_is_refused() -> None:
 
 
 @given(data=st.data(), size=st.integers(1, 300), content=st.binary(max_size=100))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_hostile_bytes_raise_nothing_but_value_errors(
     data: st.DataObject, size: int, content: bytes
 ) -> None:

@@ -51,7 +51,7 @@ def test_large_masks_come_back(objects: Objects) -> None:
     assert objects.digests() == sorted(shard.sha256 for shard in stored.shards)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(st.integers(0, 4), min_size=0, max_size=3), min_size=0, max_size=4), st.data()
 )

@@ -323,7 +323,7 @@ def test_masks_of_a_classifier_tied_to_an_embedding_fit_the_model() -> None:
 
 
 @given(arrays.arrays(bool, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=7)))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_unpacking_gives_back_what_was_packed(values: np.ndarray) -> None:
     """Any shape, scalars and empty tensors included, in as few bytes as there can be."""
     mask = torch.from_numpy(values.copy())
@@ -342,7 +342,7 @@ def test_the_first_weight_is_the_lowest_bit() -> None:
 
 
 @given(st.binary(min_size=2, max_size=2))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_packing_gives_back_the_bytes(packed: bytes) -> None:
     """Sixteen weights fill two bytes, so that any two bytes are masks."""
     assert pack_bits(unpack_bits(packed, (4, 4))) == packed

@@ -72,7 +72,7 @@ def test_the_file_from_which_they_are_made_is_whole() -> None:
 
 
 @given(length=st.integers(0, len(CONTENT) - 1))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_no_cut_file_is_loaded(length: int) -> None:
     refused(CONTENT[:length])
 
@@ -82,7 +82,7 @@ def test_no_file_that_goes_on_is_loaded() -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_no_file_with_a_flipped_bit_is_loaded(data: st.DataObject) -> None:
     """In its header as well as in its tensors, with a seed or with signs."""
     content = bytearray(data.draw(st.sampled_from([CONTENT, SIGNED])))

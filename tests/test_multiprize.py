@@ -270,7 +270,7 @@ def test_weight_standardisation_is_refused() -> None:
     least=st.integers(1, 5),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_global_choice_has_its_count_and_its_least(
     sizes: list[int], percent: int, least: int, seed: int
 ) -> None:
@@ -344,7 +344,7 @@ def test_counts_by_layer_are_kept() -> None:
     share=st.floats(0, 1),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_device_chooses_as_the_host_does(sizes: list[int], share: float, seed: int) -> None:
     """Counts, ties, signs of zero: what runs on GPUs gives the masks of `pruning.select`."""
     generator = torch.Generator().manual_seed(seed)
@@ -364,7 +364,7 @@ def test_a_device_chooses_as_the_host_does(sizes: list[int], share: float, seed:
     least=st.integers(1, 4),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_each_layer_keeps_at_least_comes_first(
     sizes: list[int], extra: float, least: int, seed: int
 ) -> None:

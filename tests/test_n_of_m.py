@@ -57,7 +57,7 @@ def test_the_groups_of_a_convolution_go_along_its_input_channels() -> None:
     pattern=st.sampled_from(["2:4", "1:4", "1:2", "3:8"]),
     seed=st.integers(0, 5),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_group_keeps_exactly_n(
     groups: int, out: int, kernel: tuple[int, ...], pattern: str, seed: int
 ) -> None:

@@ -160,7 +160,7 @@ def test_a_step_beyond_the_epoch_is_an_error(step: int) -> None:
 
 
 @given(size=st.integers(0, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 9))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_sharding_shows_every_sample_once(size: int, batch_size: int, world_size: int) -> None:
     """None twice, none left out, none padded, for any size, batch and number of ranks."""
     seen: list[int] = []

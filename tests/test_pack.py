@@ -20,6 +20,7 @@ import pytest
 import torch
 from jpegs import CLASSES, cuts, encoded, opened, prepared, write_shards, write_tree
 from PIL import Image
+from waiting import PATIENCE
 
 from data.catalogue import Catalogue
 from data.cataloguing import PACKED_INDEX, make_catalogue
@@ -339,7 +340,7 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(
     """By SIGKILL before the first shard, in the middle, after the last; the workers end too."""
     target = f"{prefix}{tmp_path}/packed"
     arguments = [str(tree), target, str(num_images), str(tmp_path / "workers")]
-    killed = subprocess.run([sys.executable, "-c", KILLED_PACK, *arguments], timeout=200)
+    killed = subprocess.run([sys.executable, "-c", KILLED_PACK, *arguments], timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     for worker in (tmp_path / "workers").read_text().split():
         while is_running(int(worker)):  # the test's own limit of time ends this

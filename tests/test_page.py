@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from family import DEEPER
 from PIL import Image
 from processes import tombola
 from tiny import TOML, write_config
+from waiting import wait_for
 
 from launch.cli import run_command
 from launch.page.accuracy import accuracy_figure, growth_figure
@@ -278,19 +278,10 @@ def open_page(root: Path) -> Iterator[Callable[..., Any]]:
             driver.get("about:blank")
             driver.get_log("browser"), requests(driver)
             driver.get(f"{(root / 'report.html').as_uri()}{anchor}")
-            until(lambda: driver.execute_script("return document.documentElement.dataset.ready"))
+            wait_for(lambda: driver.execute_script("return document.documentElement.dataset.ready"))
             return driver
 
         yield opened
-
-
-def until(fact: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Waits for a fact."""
-    end = time.monotonic() + seconds
-    while not (value := fact()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-    return value
 
 
 _SHIFT = """
@@ -329,7 +320,7 @@ def test_hovering_shows_the_value(open_page: Callable[..., Any], root: Path) -> 
     for at in (x - 20, x):  # a mouse comes from somewhere
         where = {"type": "mouseMoved", "x": at, "y": y}
         driver.execute_cdp_cmd("Input.dispatchMouseEvent", where)
-    shown = until(lambda: text_of(driver, "#accuracy-plot .hoverlayer"))
+    shown = wait_for(lambda: text_of(driver, "#accuracy-plot .hoverlayer"))
     assert f"{trace['y'][1]:.4f}" in shown
     assert trace["name"] in shown
 
@@ -350,20 +341,20 @@ def test_the_keyboard_reaches_every_value(open_page: Callable[..., Any], root: P
     (view,) = data_of(root, "accuracy")["views"]
     first = next(trace for trace in view["data"] if trace.get("hoverinfo") != "skip")
     plot.send_keys(Keys.ARROW_RIGHT)
-    assert until(lambda: text_of(driver, "#accuracy-said"))
+    assert wait_for(lambda: text_of(driver, "#accuracy-said"))
     assert f"{first['y'][0]:.4f}" in text_of(driver, "#accuracy-said")
     width = "const [a, b] = document.getElementById('accuracy-plot')._fullLayout.yaxis.range;"
     width += "return b - a"
     before = driver.execute_script(width)
     plot.send_keys("+")
-    until(lambda: driver.execute_script(width) == pytest.approx(0.8 * before))
+    wait_for(lambda: driver.execute_script(width) == pytest.approx(0.8 * before))
     plot.send_keys("0")
-    until(lambda: driver.execute_script(width) == pytest.approx(before))
+    wait_for(lambda: driver.execute_script(width) == pytest.approx(before))
     plot.send_keys(Keys.ARROW_RIGHT, Keys.ENTER)
-    until(lambda: driver.execute_script("return location.hash") == f"#{first['customdata'][0]}")
+    wait_for(lambda: driver.execute_script("return location.hash") == f"#{first['customdata'][0]}")
     layers = driver.find_element("id", "layers-plot")
     layers.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
-    until(lambda: "level 0" in text_of(driver, "#layers-said"))
+    wait_for(lambda: "level 0" in text_of(driver, "#layers-said"))
 
 
 _INSIDE = """
@@ -377,11 +368,11 @@ def test_lineage_links_lead_to_the_parent(open_page: Callable[..., Any], root: P
     driver = open_page()
     for row in driver.find_elements("css selector", ".lineage tr[id$='deeper-level-02']"):
         row.find_element("css selector", "a[data-parent]").click()
-        target = until(
+        target = wait_for(
             lambda: driver.execute_script("return document.querySelector(':target')?.id")
         )
         assert target == row.get_attribute("id").replace("deeper", "imp")
-        until(lambda: driver.execute_script(_INSIDE))
+        wait_for(lambda: driver.execute_script(_INSIDE))
     links = driver.find_elements("css selector", "a[href^='#']")
     ids = driver.execute_script(
         "return [...document.querySelectorAll('[id]')].map((one) => one.id)"
@@ -396,7 +387,7 @@ def test_a_link_opens_what_is_closed(open_page: Callable[..., Any]) -> None:
     close = "const d = document.querySelector('#ticket-late-imp-level-01').closest('details');"
     driver.execute_script(f"{close} d.open = false")
     driver.execute_script("location.hash = 'ticket-late-imp-level-01'")
-    until(lambda: driver.execute_script(f"{close} return d.open"))
+    wait_for(lambda: driver.execute_script(f"{close} return d.open"))
 
 
 @needs_browser
@@ -406,12 +397,12 @@ def test_figures_are_saved(open_page: Callable[..., Any], root: Path) -> None:
     for element in driver.find_elements("css selector", "button[data-save='csv']"):
         driver.execute_script("arguments[0].click()", element)
         name = f"{element.get_attribute('data-figure').removesuffix('-table')}.csv"
-        until((root / name).exists)
-        until(lambda n=name: (root / n).read_text() == (root / "csv" / n).read_text())  # type: ignore[misc]
+        wait_for((root / name).exists)
+        wait_for(lambda n=name: (root / n).read_text() == (root / "csv" / n).read_text())  # type: ignore[misc]
     for kind in ("png", "svg"):
         button = f"button[data-save='{kind}'][data-figure='lines']"
         driver.execute_script("document.querySelector(arguments[0]).click()", button)
-        until((root / f"lines.{kind}").exists)
+        wait_for((root / f"lines.{kind}").exists)
     with Image.open(root / "lines.png") as picture:
         assert picture.size == (2000, 840)
     words = "".join(ElementTree.parse(root / "lines.svg").getroot().itertext())
@@ -428,7 +419,7 @@ def test_another_view_is_chosen(open_page: Callable[..., Any], root: Path) -> No
     ).select_by_visible_text("late/deeper")
     names = "return document.getElementById('layers-plot').data[0].y.length"
     view = next(v for v in data_of(root, "layers")["views"] if v["name"] == "late/deeper")
-    until(lambda: driver.execute_script(names) == len(view["data"][0]["y"]))
+    wait_for(lambda: driver.execute_script(names) == len(view["data"][0]["y"]))
 
 
 _INK = """
@@ -447,13 +438,13 @@ def test_it_can_be_read_in_the_dark_and_on_a_phone(
     """The theme is the system's until another is chosen, and nothing is wider than the screen."""
     with browser(tmp_path, dark=dark, width=width) as driver:
         driver.get((root / "report.html").as_uri())
-        until(lambda: driver.execute_script("return document.documentElement.dataset.ready"))
+        wait_for(lambda: driver.execute_script("return document.documentElement.dataset.ready"))
         text, page, ticks = map(sum, driver.execute_script(_INK))
         assert (min(text, ticks) > page) == dark
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         assert driver.execute_async_script(_SHIFT) == 0
         driver.find_element("id", "theme").click()
-        until(
+        wait_for(
             lambda: (
                 (sum(driver.execute_script(_INK)[2]) > sum(driver.execute_script(_INK)[1])) != dark
             )

@@ -59,7 +59,6 @@ def test_the_known_answers_of_random123(
 
 
 @given(counters=st.lists(st.tuples(WORD, WORD, WORD, WORD), max_size=5), key=st.tuples(WORD, WORD))
-@settings(deadline=None)
 def test_each_block_is_that_of_plain_integers(
     counters: list[tuple[int, int, int, int]], key: tuple[int, int]
 ) -> None:
@@ -83,7 +82,7 @@ LONG = 100_003  # more than three chunks of blocks
 
 
 @given(start=st.integers(0, LONG), length=st.integers(0, LONG))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_part_of_a_sequence_is_the_same_part_of_a_longer_one(start: int, length: int) -> None:
     """For words and for signs, wherever the part begins within a block or a word."""
     stop = min(start + length, LONG)

@@ -78,7 +78,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, NDArray[np.bool_]]
 
 
 @given(data=st.data(), scores=layers(), sizes=SIZES)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_the_choice_is_that_of_a_stable_sort(
     data: st.DataObject, scores: dict[str, Tensor], sizes: dict[str, int]
 ) -> None:
@@ -89,7 +89,7 @@ def test_the_choice_is_that_of_a_stable_sort(
 
 
 @given(data=st.data(), scores=layers(), sizes=SIZES)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_the_choice_within_candidates_is_that_of_a_stable_sort(
     data: st.DataObject, scores: dict[str, Tensor], sizes: dict[str, int]
 ) -> None:
@@ -106,7 +106,7 @@ def test_the_choice_within_candidates_is_that_of_a_stable_sort(
 
 
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=30), data=st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_scores_that_differ_in_one_bit_are_told_apart(bits: list[int], data: st.DataObject) -> None:
     """Any bit pattern of a float32 that is a number, and its neighbours in either half-word."""
     patterns = np.array(bits + [b ^ 1 for b in bits] + [b ^ (1 << 16) for b in bits], dtype="u4")

@@ -37,7 +37,7 @@ def random_masks(model: nn.Module) -> Masks:
     density=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_what_is_compressed_comes_back_bit_for_bit(
     shape: tuple[int, ...], density: float, seed: int
 ) -> None:

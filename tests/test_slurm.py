@@ -7,17 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import Nodes, nodes, wait_until
+from nodes import Nodes, nodes
 from processes import tombola
 from slurm import Slurm, needs_slurm
 from test_cluster import LONGER, resumed, some_checkpoints
 from test_parts import TREE
 from tiny import assert_same_run, write_config
+from waiting import seconds_until, wait_for
 
 from pruning.store import open_store
 from pruning.tickets import Ticket
 
-pytestmark = [pytest.mark.cluster, needs_slurm, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.cluster, needs_slurm]
 __all__ = ["nodes"]
 
 
@@ -71,7 +72,7 @@ def test_a_job_that_must_go_saves_and_goes_on(how: str, slurm: Slurm, tmp_path: 
         script.write_text("#!/bin/bash\nsleep 2\n")
         options = ["--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/high.log"]
         slurm.run("sbatch", *options, str(script))
-    seconds = wait_until(lambda: "interrupted: saved" in log_of(slurm, job), what="a save")
+    seconds = seconds_until(lambda: "interrupted: saved" in log_of(slurm, job), what="a save")
     print(f"{how}: saved after {seconds:.1f} s")
     step = int(re.findall(r"saved at step (\d+)", log_of(slurm, job))[0])
     slurm.await_state(job, "COMPLETED")
@@ -84,8 +85,8 @@ def test_the_time_limit_is_seen_coming(slurm: Slurm, tmp_path: Path) -> None:
     """The script's own signal, before a limit of one minute."""
     (job,) = submitted(slurm, LONGER.replace('"40ep"', '"400ep"'), "--grace", "40")
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    wait_until(lambda: "USR1: the ranks save" in log_of(slurm, job), seconds=90, what="a notice")
-    wait_until(lambda: "turn 1" in log_of(slurm, job) or slurm.state_of(job) == "PENDING")
+    wait_for(lambda: "USR1: the ranks save" in log_of(slurm, job), what="a notice")
+    wait_for(lambda: "turn 1" in log_of(slurm, job) or slurm.state_of(job) == "PENDING")
     assert "ended with 75" in log_of(slurm, job)
 
 
@@ -96,7 +97,7 @@ def test_a_cancelled_job_stays_cancelled_and_a_mistake_ends_one(
     (job,) = submitted(slurm, LONGER)
     some_checkpoints(tmp_path)
     slurm.run("scancel", job)
-    slurm.await_state(job, "CANCELLED", seconds=60)
+    slurm.await_state(job, "CANCELLED")
     other = LONGER.replace("lr = 0.1", "lr = 0.2")
     (second,) = submitted(slurm, other)
     slurm.await_state(second, "FAILED")
@@ -111,7 +112,7 @@ def test_an_array_of_branches_fills_one_store(slurm: Slurm, tmp_path: Path) -> N
     options = ["--split", "stages", "controls", "--store", str(store), "--nodes", "1"]
     jobs = submitted(slurm, TREE, *options)
     assert len(jobs) == 3
-    slurm.await_state(jobs[-1], "COMPLETED", seconds=260)
+    slurm.await_state(jobs[-1], "COMPLETED")
     logs = "".join(path.read_text() for path in tmp_path.glob("jobs/tiny/*.log"))
     config = write_config(tmp_path, TREE)
     assert tombola("run", config, "--root", str(tmp_path / "one")) == [0], logs

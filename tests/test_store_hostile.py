@@ -407,7 +407,8 @@ def test_a_long_object_is_refused_unread(tmp_path: Path, monkeypatch: pytest.Mon
 # Anything -----------------------------------------------------------------------------------
 
 QUICK = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SCALARS = (
     st.none()

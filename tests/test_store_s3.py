@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_ranks
+from processes import free_port, run_ranks
 from s3 import Bucket, Proxy, environment_of, faulty, s3_server, with_environment
 from stores import assert_whole, refusal, somewhere, ticket_of
 
@@ -213,9 +213,7 @@ def test_a_server_that_fails_while_collecting_loses_nothing(url: str, line: Prox
 
 def test_a_server_that_is_gone_is_one_line(url: str, bucket: Bucket) -> None:
     """Nothing listens there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    nowhere = f"http://127.0.0.1:{free_port()}"
     environment = {**bucket.environment, "AWS_ENDPOINT_URL": nowhere, "AWS_MAX_ATTEMPTS": "1"}
     with environment_of(environment):
         with pytest.raises(StoreError) as caught:

@@ -22,6 +22,7 @@ import pytest
 import yaml
 from test_parts import GROWS, TREE
 from tiny import write_config
+from waiting import PATIENCE
 
 from data.files import Folder
 from launch.cli import run_command
@@ -340,7 +341,7 @@ def test_a_step_that_ends_while_a_notice_is_passed_on_keeps_its_code(
     while not Path("step").exists() or not Path("step").read_text():
         time.sleep(0.05)
     batch.send_signal(signal.SIGUSR1)
-    assert batch.wait(60) == code
+    assert batch.wait(PATIENCE) == code
     assert Path("turns").read_text() == turns
 
 

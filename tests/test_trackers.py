@@ -7,7 +7,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from killing import KILLED, killed_run
-from processes import command, run_ranks
+from processes import command, free_port, run_ranks
 from s3 import with_environment
 from tiny import TOML, facts, final_states, write_config
+from waiting import wait_for
 
 SHORT = TOML.replace("rounds = 2", "rounds = 1").replace('["random"]', "[]")
 WITHOUT_LEVELS = ["--stages.imp.rounds", "0"]
@@ -66,29 +66,24 @@ def mlflow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str,
         yield {**allowed, "MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlruns"}
         return
     pytest.importorskip("sqlalchemy", reason="needs a whole MLflow: pip install mlflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     database = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--workers", "1"]
     place = ["--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *database, *place], cwd=tmp_path
     )
     try:
-        _await(port)
+        wait_for(lambda: answers(port), what="the server")
         yield {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     finally:
         server.terminate()
         server.wait()
 
 
-def _await(port: int) -> None:
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError("the server did not start in a minute")
+def answers(port: int) -> bool:
+    """Whether a server listens there by now."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def runs_in_mlflow(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[Any]:

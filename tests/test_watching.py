@@ -18,6 +18,7 @@ from processes import run_ranks, tombola
 from rich.console import Console
 from s3 import Bucket, s3_server
 from tiny import TOML, write_config
+from waiting import wait_for
 
 from data.errors import StoreError
 from data.files import Folder, Journal
@@ -170,9 +171,9 @@ def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
     with open(out, "w") as file:
         process = subprocess.Popen([*words, "--interval", "0.1"], stdout=file, stderr=file)
     try:
-        _until(lambda: "tiny: no run there yet" in out.read_text())
+        wait_for(lambda: "tiny: no run there yet" in out.read_text())
         assert tombola("run", write_config(tmp_path, SHORT), "--root", root) == [0]
-        _until(lambda: "levels 2/2" in out.read_text())
+        wait_for(lambda: "levels 2/2" in out.read_text())
     finally:
         process.send_signal(signal.SIGINT)
     assert process.wait() == 0
@@ -180,14 +181,6 @@ def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
     assert lines[0] == "tiny: no run there yet"
     assert all(line.startswith(f"{root}/tiny: ") for line in lines[1:])
     assert "imp/level-01-random" in lines[-1]
-
-
-def _until(condition: Any) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("did not come about in two minutes")
 
 
 def test_nothing_to_see_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def crop_by_loop(draws: list[float], width: int, height: int, min_area: float) -
 
 
 @given(draws=DRAWS, width=SIDES, height=SIDES, min_area=st.sampled_from([0.08, 0.35, 1.0]))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_crop_follows_torchvisions_rule_and_lies_inside_the_image(
     draws: list[float], width: int, height: int, min_area: float
 ) -> None:
@@ -243,7 +243,7 @@ def test_a_central_square_is_a_share_of_the_shorter_side() -> None:
 
 
 @given(width=SIDES, height=SIDES, share=st.floats(0.01, 1))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_central_square_lies_inside_the_image(width: int, height: int, share: float) -> None:
     """At least one pixel large, and centred to a pixel."""
     ((x, y, wide, tall),) = central_squares(shape_of(width, height), share).tolist()
@@ -256,7 +256,7 @@ def test_a_central_square_lies_inside_the_image(width: int, height: int, share: 
 
 
 @given(width=SIDES, height=SIDES, resize=st.integers(1, 600), part=st.floats(0, 1))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_resizing_and_cropping_is_torchvisions_geometry(
     width: int, height: int, resize: int, part: float
 ) -> None:

@@ -72,7 +72,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 
 @given(convolutions(), st.sampled_from([1, 50, 1 << 16]), st.sampled_from([1, 20, 1 << 11]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_convolution_equals_the_float_one(
     case: tuple[Tensor, Tensor, dict[str, Any]], block_words: int, block_pixels: int
 ) -> None:
@@ -93,7 +93,6 @@ def test_a_layer_of_several_blocks_equals_the_float_one() -> None:
 
 
 @given(CHANNELS, DENSITIES, st.sampled_from([(), (1,), (5,), (2, 3), (0,)]), st.integers(1, 40))
-@settings(deadline=None)
 def test_any_linear_layer_equals_the_float_one(
     channels: int, density: float, batch: tuple[int, ...], num_outputs: int
 ) -> None:
