@@ -24,9 +24,18 @@ settings.register_profile("same", settings.get_profile("search"), derandomize=Tr
 settings.load_profile("same")
 
 
+_LONG = ("test_container.py", "test_demo.py", "test_cluster.py", "test_slurm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few and long tests come first, so that no process waits for another's at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n`, a process takes whole files: the runs that a file's tests share are made once."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # in the order above, not by the number of tests
     return LoadFileScheduling(config, log)
