@@ -126,12 +126,19 @@ def _refuse(message: str, known: Sequence[str]) -> NoReturn:
 
 def _set_up(options: Namespace) -> None:
     """Fills in what the user left open, and turns the words into a call of `python -m launch`."""
-    from torch.distributed.run import parse_min_max_nnodes
+    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
 
     try:
         _, most = parse_min_max_nnodes(options.nnodes)
     except (RuntimeError, ValueError):
         raise UserError(f"--nnodes {options.nnodes}: give a number, or MIN:MAX") from None
+    ranks = f"--nproc-per-node {options.nproc_per_node}"
+    try:
+        num_ranks = determine_local_world_size(options.nproc_per_node)
+    except ValueError as error:
+        raise UserError(f"{ranks}: {error}: give a number, or gpu where there are some") from None
+    if num_ranks < 1:
+        raise UserError(f"{ranks}: must be at least 1")
     options.training_script_args = [options.training_script, *options.training_script_args]
     options.module, options.training_script = True, "launch"
     # Restarted ranks would read the dead ones' addresses in a store that outlives them.
@@ -154,7 +161,6 @@ def _set_up(options: Namespace) -> None:
 def _run(options: Namespace, folder: Path) -> int:
     """Runs torch's elastic agent, and gives the exit code of this node's ranks."""
     from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import run
@@ -164,16 +170,31 @@ def _run(options: Namespace, folder: Path) -> int:
     with quiet_logs(ended=lambda: bool(_code_of(folder))) as say, bounded_silence(options):
         try:
             run(options)
-        except SignalException as error:
-            return _code_of(folder) or _code_of_signal(error.sigval)
-        except ChildFailedError as error:
-            return _code_of_failure(error, int(options.max_restarts), say)
-        except (RendezvousError, DistError) as error:
+        except Exception as error:
+            if (number := _signal_behind(error)) is not None:
+                return _code_of(folder) or _code_of_signal(number)
+            if isinstance(error, ChildFailedError):
+                return _code_of_failure(error, int(options.max_restarts), say)
+            if not isinstance(error, RendezvousError | DistError):
+                raise
             code = _code_of(folder)
             if code in (EXIT_USER, EXIT_INTERRUPTED):
                 return code  # of all nodes; the one that hosts the rendezvous ended first
             raise _apart(options, error) from error
     return 0
+
+
+def _signal_behind(error: BaseException | None) -> signal.Signals | None:
+    """The signal that ended the agent, if one did.
+
+    torch's handler raises wherever the agent is just then: also where its own clean-up fails of it,
+    with an error of another kind, once the ranks have ended.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    while error is not None and not isinstance(error, SignalException):
+        error = error.__cause__ or error.__context__
+    return None if error is None else signal.Signals(error.sigval)
 
 
 def _apart(options: Namespace, error: Exception) -> RunError:

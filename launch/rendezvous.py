@@ -52,7 +52,9 @@ def set_up_rendezvous(options: Namespace) -> None:
     if own is not None and not own.startswith("127."):
         # torch compares names, and finds no host at all where an address has none.
         settings["is_host"] = str(is_here(host)).lower()
-    settings |= _given(options.rdzv_conf)
+    elif host != "localhost" and not host.startswith("127."):
+        own = None  # the machine calls itself so, as Debian's do: to others it has a name
+    settings |= _numbers(_given(options.rdzv_conf))
     options.rdzv_conf = ",".join(f"{key}={value}" for key, value in settings.items())
     options.local_addr = options.local_addr or own
 
@@ -99,6 +101,14 @@ def _given(conf: str) -> dict[str, str]:
     """`--rdzv-conf` as a mapping."""
     pairs = (one.partition("=") for one in conf.split(",") if one.strip())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _numbers(given: dict[str, str]) -> dict[str, str]:
+    """The same. Raises `UserError` where what torch takes for a number is none."""
+    for key, value in given.items():
+        if (key in _SETTINGS or key.endswith("_timeout")) and not value.isdecimal():
+            raise UserError(f"--rdzv-conf {key}={value}: give a whole number, times in seconds")
+    return given
 
 
 def _await_name(host: str) -> None:

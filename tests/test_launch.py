@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -23,6 +24,7 @@ from launch.hosts import Host, micro_batch, ranks_before, told
 from train import network
 
 REPOSITORY = Path(__file__).parent.parent
+TWO = ("--nnodes", "2", "--rdzv-endpoint", "localhost")
 
 
 @pytest.fixture
@@ -96,6 +98,16 @@ def test_the_words_of_a_static_rendezvous_are_understood(options: list[Namespace
         (("--nnodes", "2"), "name what the ranks run"),
         (("--nnodes", "2", "run", "a"), "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
         (("--nnodes", "two", "run", "a"), "--nnodes two: give a number, or MIN:MAX"),
+        (
+            ("--nproc-per-node", "two", "run", "a"),
+            "two: give a number, or gpu where there are some",
+        ),
+        (("--nproc-per-node", "gpu", "run", "a"), "--nproc-per-node gpu: Cuda is not available"),
+        (("--nproc-per-node", "0", "run", "a"), "--nproc-per-node 0: must be at least 1"),
+        (
+            (*TWO, "--rdzv-conf", "read_timeout=5m", "run", "a"),
+            "--rdzv-conf read_timeout=5m: give a",
+        ),
         (("--nnods", "2", "run", "a"), "did you mean '--nnodes'?"),
         (("--max-restarts", "x", "run", "a"), "--max-restarts"),
         (("tickets", "list"), "only `run CONFIG`, `sweep CONFIG` and `bench allreduce` are done"),
@@ -131,6 +143,50 @@ def started(*words: str, root: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@pytest.mark.parametrize("left", [75, 2, None])
+def test_a_signal_that_breaks_the_agents_own_clean_up_is_a_signal(
+    left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's handler raises anywhere, as at the first line of a `try` whose `finally` needs it."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def interrupted(options: Namespace) -> None:
+        try:
+            raise SignalException("got signal", sigval=signal.SIGTERM)
+        finally:
+            raise UnboundLocalError("start")
+
+    monkeypatch.setattr(run, "run", interrupted)
+    if left is not None:
+        (tmp_path / "0-0").write_text(str(left))
+    options = Namespace(rdzv_conf="", rdzv_endpoint="", max_restarts="3")
+    assert agent._run(options, tmp_path) == (left or 75)
+
+
+def test_an_error_of_the_agent_is_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed import run
+
+    def broken(options: Namespace) -> None:
+        raise UnboundLocalError("start")
+
+    monkeypatch.setattr(run, "run", broken)
+    with pytest.raises(UnboundLocalError):
+        agent._run(Namespace(rdzv_conf="", rdzv_endpoint="", max_restarts="3"), tmp_path)
+
+
+def test_a_node_whose_name_is_its_loopback_is_met_by_name(
+    options: list[Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Debian's /etc/hosts has it: 127.0.0.1 would be each other node itself."""
+    monkeypatch.setattr(network, "resolved", lambda host: [(socket.AF_INET, ("127.0.1.1", 1))])
+    words = ["--nnodes", "2", "--rdzv-endpoint", "node0", "run", "a.toml"]
+    assert agent.launch(words) == 0
+    assert options[0].local_addr is None
 
 
 def test_two_ranks_stopped_by_a_signal_go_on(tmp_path: Path) -> None:
