@@ -460,6 +460,11 @@ def test_a_root_that_only_the_nodes_can_read_is_taken_for_an_empty_one(
         (("--to", "slurm", "--gpus-per-node", "-1"), "--gpus-per-node -1: must be at least 0"),
         (("--to", "slurm", "--cpus-per-node", "0"), "--cpus-per-node 0: must be at least 1"),
         (("--to", "slurm", "--grace", "1"), "--grace 1: must be at least 10"),
+        (
+            ("--to", "slurm", "--time", "00:05:00"),
+            "--time 00:05:00: must be --grace 300 and at least",
+        ),
+        (("--to", "slurm", "--time", "9:59"), "--time 9:59: must be --grace 300 and"),
         (("--to", "slurm", "--time", "1h"), "--time 1h: must be HH:MM:SS or D-HH:MM:SS"),
         (("--to", "slurm", "--image", "x"), "--image: is for --to kubernetes or skypilot"),
         (("--to", "slurm", "--no-spot"), "--spot: is for --to skypilot, not slurm"),

@@ -27,6 +27,8 @@ _BELONG: dict[str, tuple[Target, ...]] = {
     "spot": ("skypilot",),
 }
 """options that only some targets understand"""
+_WORTH_IT = 300
+"""seconds of a job's time in which it starts and gets something done"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Submit:
             raise UserError(f"--cpus-per-node {self.cpus_per_node}: must be at least 1")
         if re.fullmatch(r"(\d+-)?\d+(:\d\d){1,2}", self.time) is None:
             raise UserError(f"--time {self.time}: must be HH:MM:SS or D-HH:MM:SS")
+        if self.to == "slurm" and _seconds(self.time) < self.grace + _WORTH_IT:
+            raise UserError(
+                f"--time {self.time}: must be --grace {self.grace} and at least {_WORTH_IT} s "
+                "more, or each turn of the job is told to save before it has done a step"
+            )
         if self.to == "kubernetes" and self.image is None:
             raise UserError("--to kubernetes needs --image: build one from the Dockerfile")
 
@@ -111,3 +118,13 @@ class Submit:
     def num_processes(self) -> int:
         """The ranks of each node."""
         return max(1, self.gpus_per_node)
+
+
+def _seconds(time: str) -> int:
+    """A time as SLURM reads it: MM:SS, HH:MM:SS, D-HH:MM or D-HH:MM:SS."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if len(parts) == 2:
+        parts = [*parts, 0] if days else [0, *parts]
+    hours, minutes, seconds = parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
