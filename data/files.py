@@ -319,7 +319,7 @@ def _records(folder: Folder, name: str, whole: bytes) -> list[dict[str, Any]]:
             record = None
         if not isinstance(record, dict):
             where = f"{folder}/{name}, line {number}"
-            raise RunError(f"{where}: damaged: remove the lines from there on, and go on")
+            raise RunError(f"{where}: damaged: remove that line, and go on")
         records.append(record)
     return records
 
